@@ -1,0 +1,147 @@
+"""The verbs as functions. Everything heavy is imported when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omnifp4.receipt.plan import PlanReceipt
+    from omnifp4.receipt.quantization import QuantizationReceipt
+    from omnifp4.receipt.verification import VerificationReceipt
+
+Progress = Callable[[int, int, str], None]
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+def plan(
+    model: str | Path,
+    *,
+    out: str | Path | None = None,
+    recipe: str = "nvfp4",
+    rule: str | None = None,
+    components: Iterable[str] = (),
+    format: str = "modelopt",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    revision: str | None = None,
+) -> PlanReceipt:
+    """Tell what `quantize` with the same arguments would do. Reads headers only, also of a Hub id.
+
+    Args:
+        model: a checkpoint folder or a Hub id.
+        out: where the artifact would be made, for the free disk space there.
+        recipe: name of a recipe, see `omnifp4.quantize.recipe`.
+        rule: scale rule, if not the recipe's.
+        components: overrides such as ``"talker.attention=nvfp4"``.
+        format: ``"modelopt"``, ``"compressed-tensors"`` or ``"fake-quant"``.
+        max_shard_bytes: largest shard file.
+        revision: of a Hub id.
+
+    Raises:
+        OmniFP4Error: anything about the arguments or the checkpoint that is not right.
+    """
+    from omnifp4.checkpoint.hub import open_model
+    from omnifp4.quantize.decisions import find_format
+    from omnifp4.quantize.plan import plan_job, plan_receipt
+    from omnifp4.quantize.recipe import find_rule, parse_overrides
+
+    job = plan_job(
+        open_model(str(model), revision),
+        recipe=recipe,
+        rule=find_rule(rule) if rule else None,
+        overrides=parse_overrides(components),
+        output_format=find_format(format),
+        max_shard_bytes=max_shard_bytes,
+    )
+    return plan_receipt(job, Path(out) if out is not None else None)
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str = "nvfp4",
+    rule: str | None = None,
+    components: Iterable[str] = (),
+    format: str = "modelopt",
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    resume: bool = False,
+    threads: int | None = None,
+    check: bool = True,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> QuantizationReceipt:
+    """Write `model` in NVFP4 to the new folder `out`, streaming.
+
+    Args:
+        model: a checkpoint folder, or a Hub id, which is downloaded first.
+        out: must not exist; it appears only when it is whole.
+        resume: go on with what an interrupted run left in ``OUT.partial``.
+        threads: worker threads; one per core if not given.
+        check: prove the artifact from its files (`verify`) before `out` appears.
+        progress: called with bytes done, bytes in all, and the tensor.
+
+    The other arguments are those of `plan`.
+
+    Raises:
+        OmniFP4Error: anything about arguments, checkpoint or disk that is not right.
+        ProofError: the artifact failed its check; it is kept in ``OUT.partial``.
+    """
+    from omnifp4.checkpoint.folder import open_checkpoint
+    from omnifp4.checkpoint.hub import fetch_model
+    from omnifp4.checkpoint.staging import refuse_existing
+    from omnifp4.errors import ProofError
+    from omnifp4.quantize.decisions import OutputFormat, find_format
+    from omnifp4.quantize.plan import plan_job
+    from omnifp4.quantize.recipe import find_recipe, find_rule, parse_overrides
+    from omnifp4.quantize.run import run_job
+    from omnifp4.receipt.base import Verdict
+    from omnifp4.verify import verify
+
+    out = Path(out)
+    overrides, output_format = parse_overrides(components), find_format(format)
+    scale_rule = find_rule(rule) if rule else find_recipe(recipe).rule
+    refuse_existing(out)
+
+    def prove(folder: Path) -> None:
+        receipt = verify(folder, threads=threads)
+        if receipt.verdict is Verdict.FAIL:
+            failed = [item for item in receipt.checks if item.verdict is Verdict.FAIL]
+            raise ProofError(
+                f"{folder}: failed {', '.join(item.name for item in failed)}: {failed[0].summary}",
+                hint=f"omnifp4 verify {folder} shows the findings; please report this",
+            )
+
+    job = plan_job(
+        open_checkpoint(fetch_model(str(model), revision)),
+        recipe=recipe,
+        rule=scale_rule,
+        overrides=overrides,
+        output_format=output_format,
+        max_shard_bytes=max_shard_bytes,
+    )
+    prove_it = check and output_format is not OutputFormat.FAKE_QUANT
+    return run_job(job, out, resume=resume, threads=threads, progress=progress, prove=prove if prove_it else None)
+
+
+def verify(
+    artifact: str | Path,
+    *,
+    against: str | Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerificationReceipt:
+    """Prove an artifact, made by any tool, from its files alone.
+
+    Args:
+        artifact: folder of a quantized checkpoint.
+        against: folder of the wide checkpoint it was made from; every tensor is compared.
+
+    Raises:
+        CheckpointError: the files cannot be read as a checkpoint at all.
+    """
+    from omnifp4.verify import verify as prove
+
+    source = Path(against) if against is not None else None
+    return prove(Path(artifact), against=source, threads=threads, progress=progress)

@@ -1,0 +1,88 @@
+"""The ModelOpt dialect: ``X.weight`` holds the codes, ``X.weight_scale_2`` is the tensor scale as a factor.
+
+``ignore`` entries are names with ``*``; vLLM takes an entry for a match if it equals the module's name, occurs inside
+it, or matches it as a wildcard (`modelopt.py: is_layer_excluded`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+from omnifp4.checkpoint.dialects.base import Activations, StoredTensor
+from omnifp4.checkpoint.dialects.module_tree import wide_roots
+from omnifp4.formats.nvfp4 import BLOCK_SIZE
+
+ALGORITHMS: Final = {Activations.WIDE: "W4A16_NVFP4", Activations.FP4: "NVFP4"}
+
+
+class ModelOpt:
+    """See `Dialect`."""
+
+    name = "modelopt"
+    packed_suffix = ".weight"
+    block_scale_suffix = ".weight_scale"
+    tensor_scale_suffix = ".weight_scale_2"
+    input_scale_suffix = ".input_scale"
+    reciprocal = False
+
+    def stored(self, module: str, shape: tuple[int, int], activations: Activations) -> tuple[StoredTensor, ...]:
+        """See `Dialect.stored`; scalars have shape ``[]``."""
+        rows, columns = shape
+        tensors = [
+            StoredTensor(module + self.packed_suffix, "U8", (rows, columns // 2)),
+            StoredTensor(module + self.block_scale_suffix, "F8_E4M3", (rows, columns // BLOCK_SIZE)),
+            StoredTensor(module + self.tensor_scale_suffix, "F32", ()),
+        ]
+        if activations is Activations.FP4:
+            tensors.append(StoredTensor(module + self.input_scale_suffix, "F32", ()))
+        return tuple(tensors)
+
+    def quantization_config(
+        self, activations: Activations, ignore: Sequence[str], producer: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """See `Dialect.quantization_config`. No hf_quant_config.json goes with it: vLLM refuses W4A16_NVFP4 there."""
+        number = {"num_bits": 4, "type": "float", "group_size": BLOCK_SIZE, "dynamic": False}
+        return {
+            "quant_method": "modelopt",
+            "quant_algo": ALGORITHMS[activations],
+            "group_size": BLOCK_SIZE,
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": number,
+                    "input_activations": number if activations is Activations.FP4 else None,
+                }
+            },
+            "ignore": list(ignore),
+            "producer": dict(producer),
+        }
+
+    def ignore_entries(self, wide: Iterable[str], quantized: Iterable[str]) -> list[str]:
+        """See `Dialect.ignore_entries`; an entry that occurs inside a quantized name is written so that it does not."""
+        quantized = tuple(quantized)
+        entries: list[str] = []
+        for root in wide_roots(wide, quantized):
+            # Engines may drop the first part, and look for what is left.
+            renamed = root.name.partition(".")[2] or root.name
+            is_inside = any(renamed in module for module in quantized)
+            if root.is_leaf:
+                entries.append(f"{root.name[:-1]}[{root.name[-1]}]" if is_inside else root.name)
+            else:
+                entries.append(f"{root.name}.*" if is_inside else f"{root.name}*")
+            if root.name.endswith(".lm_head") and not any("lm_head" in module for module in quantized):
+                entries.append("lm_head")
+        return entries
+
+    def is_ignored(self, module: str, entries: Sequence[str]) -> bool:
+        """See `Dialect.is_ignored`."""
+        return any(matches(module, entry) for entry in entries)
+
+
+def matches(module: str, entry: str) -> bool:
+    """Whether one entry excludes one module."""
+    if len(entry) > 1 and entry.endswith("*") and not entry.endswith(".*"):
+        stem = entry[:-1]
+        return matches(module, stem) or matches(module, stem + ".*")
+    return entry != "" and (entry in module or fnmatchcase(module, entry))

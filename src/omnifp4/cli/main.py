@@ -1,0 +1,60 @@
+"""The command line: thin verbs over the library."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from omnifp4.cli import convert, demo, plan, quantize, verify
+from omnifp4.errors import OmniFP4Error, ProofError
+
+app = typer.Typer(
+    name="omnifp4",
+    help="Take an omni-modal checkpoint to NVFP4, and prove that the result is right.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("plan")(plan.plan)
+app.command("quantize")(quantize.quantize)
+app.command("verify")(verify.verify)
+app.command("convert")(convert.convert)
+app.command("repair")(convert.repair)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from omnifp4.receipt.base import package_version
+
+        typer.echo(f"omnifp4 {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Take an omni-modal checkpoint to NVFP4, and prove that the result is right."""
+
+
+def run() -> None:
+    """Entry point. Exit status 0: done or passed; 1: a check failed; 2: wrong usage or input; 130: interrupted."""
+    try:
+        app()
+    except OmniFP4Error as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except ProofError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; a run with --resume goes on where this one stopped\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone away; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,49 @@
+"""omnifp4 quantize"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from omnifp4.cli import options
+from omnifp4.cli.output import Output
+
+
+def quantize(
+    model: options.Model,
+    out: options.Out,
+    recipe: options.RecipeName = "nvfp4",
+    output_format: options.Format = "modelopt",
+    rule: options.Rule = None,
+    component: options.Components = None,
+    max_shard_size: options.ShardSize = "5GB",
+    resume: options.Resume = False,
+    threads: options.Threads = None,
+    check: Annotated[bool, typer.Option(help="Prove the artifact from its files before OUT appears.")] = True,
+    revision: options.Revision = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write a checkpoint in NVFP4. Streams tensor by tensor; OUT appears only when it is whole and checked."""
+    from omnifp4.api import quantize as make_artifact
+    from omnifp4.report.terminal import quantization_text
+
+    output = Output(as_json=as_json)
+    with output.progress("quantize") as progress:
+        receipt = make_artifact(
+            model,
+            out,
+            recipe=recipe,
+            rule=rule,
+            components=component or (),
+            format=output_format,
+            max_shard_bytes=options.parse_size(max_shard_size),
+            resume=resume,
+            threads=threads,
+            check=check,
+            revision=revision,
+            progress=progress,
+        )
+    output.result(receipt, quantization_text(receipt, str(out)))
+    against = f" --against {model}" if receipt.output_format else ""
+    output.say(f"next: omnifp4 verify {out}{against}")

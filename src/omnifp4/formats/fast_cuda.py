@@ -1,0 +1,160 @@
+"""NVFP4 on a CUDA GPU: the twin of `reference` in Triton.
+
+It sums in the order of `fast_cpu`, so that both write the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from omnifp4.formats import fast_cuda_kernels as kernels
+from omnifp4.formats.nvfp4 import BLOCK_SIZE, E4M3_MAX_BITS, E4M3_VALUES, ScaleRule
+from omnifp4.formats.reference import tensor_scale_for
+
+BLOCKS_PER_PROGRAM = 128
+WARPS = 4
+BYTES_PER_PROGRAM = 2048
+
+_RULES = {
+    ScaleRule.MAX: kernels.MAX_RULE,
+    ScaleRule.FOUR_OVER_SIX: kernels.FOUR_RULE,
+    ScaleRule.SWEEP: kernels.SWEEP_RULE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CudaEncoding:
+    """A weight in NVFP4 on a GPU; a leading dimension E is there if the weight had one.
+
+    Attributes:
+        packed: codes, two a byte, uint8 ``[(E,) out, in / 2]``.
+        block_scale: E4M3 bits, uint8 ``[(E,) out, in / 16]``; ``.view(torch.float8_e4m3fn)`` gives the numbers.
+        tensor_scale: float32 ``[E]`` or scalar.
+        squared_error: ``sum((w - w')**2)``, float64 ``[E]`` or scalar.
+        energy: ``sum(w**2)``, likewise.
+    """
+
+    packed: torch.Tensor
+    block_scale: torch.Tensor
+    tensor_scale: torch.Tensor
+    squared_error: torch.Tensor
+    energy: torch.Tensor
+
+
+@functools.cache
+def _reciprocals(device: torch.device) -> torch.Tensor:
+    values = torch.from_numpy(E4M3_VALUES[: E4M3_MAX_BITS + 1].copy())
+    return torch.reciprocal(values).to(device)
+
+
+def encode_cuda(
+    weight: torch.Tensor,
+    rule: ScaleRule = ScaleRule.SWEEP,
+    tensor_scale: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
+) -> CudaEncoding:
+    """Encode a weight, or a batch of weights of one shape.
+
+    Args:
+        weight: bfloat16, float16 or float32 ``[out, in]`` or ``[E, out, in]``; copied if not contiguous.
+        rule: how scales are chosen.
+        tensor_scale: float32 scalar or ``[E]``, given where several tensors share one; otherwise each matrix gets
+            its own.
+        importance: float32 ``[in]`` or ``[out, in]``, non-negative, for every matrix of the batch; see `reference`.
+
+    Raises:
+        ValueError: a shape or type does not fit, or a value is NaN, infinite or too large.
+    """
+    if weight.ndim not in (2, 3) or weight.shape[-1] % BLOCK_SIZE or not weight.numel():
+        raise ValueError(f"shape {tuple(weight.shape)} is not [out, in] or [E, out, in] with in a multiple of 16")
+    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype {weight.dtype} is none of bfloat16, float16, float32")
+    *batch, rows, columns = weight.shape
+    matrices = weight.reshape(-1, rows, columns).contiguous()
+    count, blocks = matrices.shape[0], rows * columns // BLOCK_SIZE
+    amax = torch.linalg.vector_norm(matrices, ord=float("inf"), dim=(1, 2)).double().cpu()
+    if not bool(torch.isfinite(amax).all()):
+        raise ValueError("the weight has NaN or infinite values")
+    if tensor_scale is None:
+        scales = torch.tensor([float(tensor_scale_for(value, rule)) for value in amax.tolist()])
+    else:
+        scales = tensor_scale.detach().float().cpu().reshape(-1).expand(count)
+        if bool((amax > 2.0**24 * scales.double()).any()):
+            raise ValueError("tensor_scale is far too small for the weight")
+    power_of_two = bool((torch.frexp(scales).mantissa == 0.5).all())
+    factor, row_size = _flat_importance(importance, rows, columns, matrices)
+
+    device = weight.device
+    packed = torch.empty((count, rows, columns // 2), dtype=torch.uint8, device=device)
+    block_scale = torch.empty((count, rows, columns // BLOCK_SIZE), dtype=torch.uint8, device=device)
+    programs = triton.cdiv(blocks, BLOCKS_PER_PROGRAM)
+    sums = torch.empty((count, programs, 2), dtype=torch.float64, device=device)
+    scales_there = scales.to(device)
+    kernels.encode_kernel[(programs, count)](
+        matrices,
+        factor,
+        scales_there,
+        _reciprocals(device),
+        packed.view(torch.int32),
+        block_scale,
+        sums,
+        blocks,
+        row_size,
+        RULE=_RULES[rule],
+        POWER_OF_TWO=power_of_two,
+        WEIGHTED=importance is not None and rule is not ScaleRule.MAX,
+        BLOCKS=BLOCKS_PER_PROGRAM,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+    totals = sums.sum(dim=1) * scales_there.double().square()[:, None]
+    return CudaEncoding(
+        packed.reshape(*batch, rows, columns // 2),
+        block_scale.reshape(*batch, rows, columns // BLOCK_SIZE),
+        scales_there.reshape(batch),
+        totals[:, 0].reshape(batch),
+        totals[:, 1].reshape(batch),
+    )
+
+
+def _flat_importance(
+    importance: torch.Tensor | None, rows: int, columns: int, weight: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    if importance is None:
+        return weight, 0
+    if importance.shape not in ((columns,), (1, columns), (rows, columns)):
+        raise ValueError(f"importance has shape {tuple(importance.shape)}; [in] or [out, in] is needed")
+    factor = importance.to(weight.device, torch.float32).contiguous()
+    if not bool((torch.isfinite(factor) & (factor >= 0)).all()):
+        raise ValueError("importance has values that are negative, NaN or infinite")
+    return factor, columns if factor.numel() == columns else 0
+
+
+def decode_cuda(
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    tensor_scale: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The values that codes and scales stand for; float32 products as in `reference.decode`, then rounded to `dtype`.
+
+    Args:
+        packed: uint8 ``[(E,) out, in / 2]``, contiguous.
+        block_scale: E4M3 bits, uint8, or float8_e4m3fn, ``[(E,) out, in / 16]``.
+        tensor_scale: float32 scalar or ``[E]``.
+        dtype: float32, bfloat16 or float16.
+    """
+    if block_scale.shape != (*packed.shape[:-1], packed.shape[-1] // 8) or packed.shape[-1] % 8:
+        raise ValueError(f"packed {tuple(packed.shape)} and block_scale {tuple(block_scale.shape)} do not fit")
+    factor = tensor_scale.float().reshape(-1, *[1] * (block_scale.ndim - 1)) if tensor_scale.ndim else tensor_scale
+    scale = (block_scale.view(torch.float8_e4m3fn).float() * factor).contiguous()
+    out = torch.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype, device=packed.device)
+    source = packed.contiguous()
+    kernels.decode_kernel[(triton.cdiv(source.numel(), BYTES_PER_PROGRAM),)](
+        source, scale, out, source.numel(), BYTES=BYTES_PER_PROGRAM, enable_fp_fusion=False
+    )
+    return out

@@ -1,0 +1,104 @@
+"""Receipts as a person reads them in a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from omnifp4.receipt.base import Verdict
+from omnifp4.receipt.plan import PlanReceipt
+from omnifp4.receipt.quantization import QuantizationReceipt
+from omnifp4.receipt.verification import VerificationReceipt
+
+VERDICT_STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.NOT_CHECKED: "yellow"}
+
+
+def size_text(count: int) -> str:
+    """Decimal bytes for people, such as ``27.5 GB``."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters for people, such as ``28,991 M``."""
+    return f"{count / 1e6:,.0f} M" if count >= 10_000_000 else f"{count / 1e6:,.2f} M"
+
+
+def plan_text(plan: PlanReceipt) -> RenderableType:
+    """Components before and after, sizes, and what stays wide and why."""
+    table = Table(title=f"{plan.model_type}: {plan.model}", title_justify="left")
+    for column in ("component", "scheme"):
+        table.add_column(column)
+    for column in ("tensors", "parameters", "before", "after"):
+        table.add_column(column, justify="right")
+    table.add_column("why it stays wide")
+    for row in plan.components:
+        style = "bold" if row.scheme == "nvfp4" else ""
+        table.add_row(
+            row.name, row.scheme, f"{row.tensors:,}", count_text(row.parameters), size_text(row.bytes_before),
+            size_text(row.bytes_after), escape(row.reason), style=style,
+        )  # fmt: skip
+    table.add_section()
+    table.add_row(
+        "all", f"{plan.fp4_share:.1%} FP4", f"{plan.tensors:,}", count_text(plan.parameters),
+        size_text(plan.weight_bytes_before), size_text(plan.weight_bytes_after),
+        f"{plan.weight_bytes_before / plan.weight_bytes_after:.2f}x smaller",
+    )  # fmt: skip
+    lines = [
+        f"recipe {plan.recipe} (version {plan.recipe_version}), scale rule {plan.rule}, format {plan.output_format}",
+        f"on disk {plan.weight_bytes_after:,} bytes of weights in {len(plan.shards)} shard(s); in GPU memory "
+        f"{plan.gpu_bytes:,} bytes of weights ({plan.gpu_bytes / 2**30:.1f} GiB), all parts loaded",
+    ]
+    if plan.free_disk_bytes is not None:
+        enough = "enough" if plan.free_disk_bytes > plan.weight_bytes_after else "TOO LITTLE"
+        lines.append(f"free disk {plan.free_disk_bytes:,} bytes: {enough}")
+    if plan.left_out:
+        first, reason = next(iter(plan.left_out.items()))
+        lines.append(f"{len(plan.left_out)} linear(s) of FP4 components stay wide, such as {first}: {reason}")
+    lines += [f"note: {note}" for note in plan.notes]
+    return Group(table, Text("\n".join(lines)))
+
+
+def quantization_text(receipt: QuantizationReceipt, out: str) -> RenderableType:
+    """What was written, and how far it is from the original."""
+    lines = [
+        f"{out}: {size_text(receipt.weight_bytes)} of weights in place of {size_text(receipt.source.weight_bytes)} "
+        f"({receipt.source.weight_bytes / receipt.weight_bytes:.2f}x smaller), "
+        f"{receipt.fp4_parameters / receipt.parameters:.1%} of parameters in FP4",
+        f"relative squared error {receipt.relative_squared_error:.2e} over {len(receipt.decisions):,} linears",
+        f"{receipt.seconds:.1f} s on {receipt.threads} thread(s), peak memory {size_text(receipt.peak_memory_bytes)}",
+    ]
+    if receipt.output_format == "fake-quant":
+        lines.append("fake-quant: the weights are rounded through NVFP4 and stay wide; nothing shrinks")
+    return Text("\n".join(lines))
+
+
+def verification_text(receipt: VerificationReceipt) -> RenderableType:
+    """Checks with their verdicts, findings below the failed ones, and the verdict."""
+    table = Table(title=f"{receipt.artifact}: {receipt.dialect}, {receipt.activations}", title_justify="left")
+    table.add_column("check")
+    table.add_column("verdict")
+    table.add_column("what was found")
+    for check in receipt.checks:
+        found = [check.summary, *(f"- {finding}" for finding in check.findings[:8])]
+        if check.finding_count > 8:
+            found.append(f"  … {check.finding_count - 8} more (--json has them)")
+        if check.fix:
+            found.append(f"fix: {check.fix}")
+        table.add_row(
+            check.name, Text(check.verdict.value, style=VERDICT_STYLES[check.verdict]), escape("\n".join(found))
+        )
+    tail = Text()
+    if receipt.worst_tensors:
+        tail.append(f"relative squared error {receipt.relative_squared_error or 0.0:.2e}; worst: ")
+        tail.append(", ".join(f"{t.name} {t.relative_squared_error:.2e}" for t in receipt.worst_tensors[:3]) + "\n")
+    tail.append(f"{receipt.fp4_linears:,} FP4 linears, {receipt.compression_ratio:.2f}x smaller than wide, ")
+    tail.append(f"checked in {receipt.seconds:.1f} s: ")
+    tail.append(receipt.verdict.value.upper(), style=VERDICT_STYLES[receipt.verdict])
+    return Group(table, tail)
