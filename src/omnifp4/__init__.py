@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omnifp4.api import plan, quantize, verify
+    from omnifp4.api import convert, plan, quantize, repair, verify
     from omnifp4.errors import OmniFP4Error
 
-__all__ = ["OmniFP4Error", "plan", "quantize", "verify"]
+__all__ = ["OmniFP4Error", "convert", "plan", "quantize", "repair", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from omnifp4.checkpoint.folder import Checkpoint
+    from omnifp4.receipt.conversion import ConversionReceipt
     from omnifp4.receipt.plan import PlanReceipt
     from omnifp4.receipt.quantization import QuantizationReceipt
+    from omnifp4.receipt.repair import RepairReceipt
     from omnifp4.receipt.verification import VerificationReceipt
 
 Progress = Callable[[int, int, str], None]
@@ -41,13 +44,12 @@ def plan(
     Raises:
         OmniFP4Error: anything about the arguments or the checkpoint that is not right.
     """
-    from omnifp4.checkpoint.hub import open_model
     from omnifp4.quantize.decisions import find_format
     from omnifp4.quantize.plan import plan_job, plan_receipt
     from omnifp4.quantize.recipe import find_rule, parse_overrides
 
     job = plan_job(
-        open_model(str(model), revision),
+        _headers(str(model), revision),
         recipe=recipe,
         rule=find_rule(rule) if rule else None,
         overrides=parse_overrides(components),
@@ -89,10 +91,11 @@ def quantize(
         ProofError: the artifact failed its check; it is kept in ``OUT.partial``.
     """
     from omnifp4.checkpoint.folder import open_checkpoint
-    from omnifp4.checkpoint.hub import fetch_model
+    from omnifp4.checkpoint.hub import fetch_headers, fetch_model, is_hub_id
     from omnifp4.checkpoint.staging import refuse_existing
+    from omnifp4.checkpoint.units import check_free_space
     from omnifp4.errors import ProofError
-    from omnifp4.quantize.decisions import OutputFormat, find_format
+    from omnifp4.quantize.decisions import Job, find_format
     from omnifp4.quantize.plan import plan_job
     from omnifp4.quantize.recipe import find_recipe, find_rule, parse_overrides
     from omnifp4.quantize.run import run_job
@@ -113,16 +116,24 @@ def quantize(
                 hint=f"omnifp4 verify {folder} shows the findings; please report this",
             )
 
-    job = plan_job(
-        open_checkpoint(fetch_model(str(model), revision)),
-        recipe=recipe,
-        rule=scale_rule,
-        overrides=overrides,
-        output_format=output_format,
-        max_shard_bytes=max_shard_bytes,
-    )
-    prove_it = check and output_format is not OutputFormat.FAKE_QUANT
-    return run_job(job, out, resume=resume, threads=threads, progress=progress, prove=prove if prove_it else None)
+    def job_of(checkpoint: Checkpoint) -> Job:
+        return plan_job(
+            checkpoint,
+            recipe=recipe,
+            rule=scale_rule,
+            overrides=overrides,
+            output_format=output_format,
+            max_shard_bytes=max_shard_bytes,
+        )
+
+    if is_hub_id(str(model)):
+        # What headers tell is told before tens of gigabytes are fetched.
+        check_free_space(job_of(fetch_headers(str(model), revision)).output, out, None)
+        folder = fetch_model(str(model), revision)
+    else:
+        folder = Path(model).expanduser()
+    job = job_of(open_checkpoint(folder))
+    return run_job(job, out, resume=resume, threads=threads, progress=progress, prove=prove if check else None)
 
 
 def verify(
@@ -145,3 +156,52 @@ def verify(
 
     source = Path(against) if against is not None else None
     return prove(Path(artifact), against=source, threads=threads, progress=progress)
+
+
+def convert(
+    artifact: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    resume: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ConversionReceipt:
+    """Write an NVFP4 artifact in the other dialect, ``"modelopt"`` or ``"compressed-tensors"``; codes stay the same.
+
+    Raises:
+        OmniFP4Error: the artifact is damaged, is in that dialect already, or `out` cannot be made.
+    """
+    from omnifp4.convert import convert as run
+
+    return run(Path(artifact), Path(out), format, resume=resume, threads=threads, progress=progress)
+
+
+def repair(
+    artifact: str | Path,
+    out: str | Path,
+    *,
+    source: str | Path | None = None,
+    resume: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> RepairReceipt:
+    """Mend known damage of an artifact into the new folder `out`, which is not made if anything cannot be mended.
+
+    Args:
+        artifact: folder of the damaged artifact.
+        out: must not exist.
+        source: folder of the wide checkpoint it was made from, to recompute what is lost.
+    """
+    from omnifp4.convert import repair as run
+
+    original = Path(source) if source is not None else None
+    return run(Path(artifact), Path(out), with_source=original, resume=resume, threads=threads, progress=progress)
+
+
+def _headers(model: str, revision: str | None) -> Checkpoint:
+    """Config and headers of a local folder, or of a Hub id without its weights."""
+    from omnifp4.checkpoint.folder import open_checkpoint
+    from omnifp4.checkpoint.hub import fetch_headers, is_hub_id
+
+    return fetch_headers(model, revision) if is_hub_id(model) else open_checkpoint(Path(model).expanduser())

@@ -51,6 +51,7 @@ class HubStandIn:
         revisions: names of the one commit.
         requests: method, path and Range header of each.
         sent: bytes of bodies sent, by file name.
+        leaked_tokens: Authorization headers that reached the other host.
     """
 
     root: Path
@@ -60,11 +61,12 @@ class HubStandIn:
     revisions: tuple[str, ...] = ("main", "v1", COMMIT)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
+    leaked_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.failures = 0
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
@@ -86,6 +88,11 @@ class HubStandIn:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has read enough closes the connection."""
 
 
 def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
@@ -114,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             hub.requests.append((self.command, path, self.headers.get("Range", "")))
         try:
             if path.startswith("/cdn/"):
+                hub.leaked_tokens += self.headers.get_all("Authorization", [])
                 return self._file(hub.root / path.removeprefix("/cdn/"), is_final=True)
             if self._refused(path):
                 return None
@@ -180,7 +188,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "Entry not found", "EntryNotFound")
         if not (self.stand_in.redirects and name.endswith(".safetensors")):
             return self._file(path, is_final=False)
-        location = f"{self.stand_in.endpoint}/cdn/{repository}/{name}?signature=1"
+        # Another host name, as the Hub's: tokens are not for it, and its answers have none of the Hub's headers.
+        location = f"{self.stand_in.endpoint.replace('127.0.0.1', 'localhost')}/cdn/{repository}/{name}?signature=1"
         headers = {**_hub_headers(path), "Location": location, "X-Linked-Size": str(path.stat().st_size)}
         return self._send(302, b"", {**headers, "X-Linked-Etag": f'"{_etag(path)}"'})
 

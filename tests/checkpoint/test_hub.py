@@ -158,6 +158,8 @@ def test_the_token_is_sent_but_not_to_be_seen(hub: HubStandIn, folder: Path, mon
     assert "hf_wrong" not in refusal()
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert len(fetch_headers(MODEL).tensors) == 5
+    assert any(path.startswith("/cdn/") for _, path, _ in hub.requests)
+    assert not hub.leaked_tokens
 
 
 def test_no_weights(hub: HubStandIn, folder: Path) -> None:

@@ -185,9 +185,10 @@ def _look_up(model: str, revision: str | None) -> _Repository:
     try:
         api = HfApi(library_name="omnifp4")
         info = retrying(lambda: api.model_info(model, revision=revision, timeout=timeout_s()), f"hub:{model}")
-    except transport_error():
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (transport_error(), ValueError, KeyError, TypeError, AttributeError) as error:
+        # An answer that is no JSON is a ValueError, and to requests a failed transport as well.
+        if isinstance(error, transport_error()) and (status_of(error) or not isinstance(error, ValueError)):
+            raise
         raise CheckpointError(
             f"hub:{model}: the server's answer is not understood: {type(error).__name__}: {error}",
             hint="check HF_ENDPOINT",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -48,10 +49,26 @@ def side_file_bytes(folder: Path) -> int:
     return sum((folder / path).stat().st_size for path in side_files(folder))
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy side files, and the source's model card under another name; returns the names written. Raises OSError."""
+def copy_side_files(source: Path, target: Path, *, without: Collection[str] = (), keep_card: bool = True) -> list[str]:
+    """Copy side files, and the source's model card under another name.
+
+    Args:
+        source: folder to copy from.
+        target: folder to copy to.
+        without: relative names of side files that stay behind.
+        keep_card: False where the caller writes a card that continues the source's own.
+
+    Returns:
+        The names written.
+
+    Raises:
+        OSError: the target cannot be written.
+        CheckpointError: a side file is absurdly large, or a link leads out of the folder.
+    """
     written = []
     for relative in side_files(source):
+        if str(relative) in without:
+            continue
         size = (source / relative).stat().st_size
         if size > SIDE_FILE_LIMIT_BYTES:
             raise CheckpointError(f"{source / relative}: {size} bytes are too many for a file beside the weights")
@@ -59,7 +76,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, destination)
         written.append(str(relative))
-    if (source / CARD_NAME).is_file() and not (target / SOURCE_CARD_NAME).exists():
+    if keep_card and (source / CARD_NAME).is_file() and not (target / SOURCE_CARD_NAME).exists():
         shutil.copyfile(source / CARD_NAME, target / SOURCE_CARD_NAME)
         written.append(SOURCE_CARD_NAME)
     return written

@@ -50,7 +50,7 @@ class Staging:
         self.out, self.folder = out, partial_folder(out)
         self.finished: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
-        if self.folder.exists() and not resume:
+        if not resume and _is_there(self.folder):
             if _is_locked(self.folder / JOURNAL_NAME):
                 raise _in_use(self.folder)
             raise OutputError(
@@ -171,14 +171,17 @@ class Staging:
 
 def refuse_existing(out: Path) -> None:
     """Raise OutputError if OUT is there already, even as a dangling link."""
-    try:
-        exists = out.exists() or out.is_symlink()
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be made: {error.strerror}") from None
-    if exists:
+    if _is_there(out):
         raise OutputError(f"{out}: exists already and is never overwritten", hint="choose another OUT or remove it")
     if out.name in {"", ".."}:
         raise OutputError(f"{out}: is no name for a folder", hint="choose another OUT")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists() or path.is_symlink()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be made: {error.strerror}") from None
 
 
 def _in_use(folder: Path) -> OutputError:

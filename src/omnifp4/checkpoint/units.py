@@ -68,14 +68,14 @@ def work_through(
                 return
             try:
                 staging.record(unit.name, run(unit))
+                with lock:
+                    done += unit.nbytes
+                    if progress:
+                        progress(done, total, unit.name.partition(":")[2])
             except BaseException as error:
                 errors.append(error)
                 stop.set()
                 return
-            with lock:
-                done += unit.nbytes
-                if progress:
-                    progress(done, total, unit.name.partition(":")[2])
 
     workers = [threading.Thread(target=loop, name=f"unit-{number}", daemon=True) for number in range(threads)]
     for thread in workers:

@@ -16,7 +16,7 @@ from omnifp4.cli.output import Output
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[FOLDER]", help="Where to put the demo; a new temporary folder if not given."),
+        typer.Argument(metavar="FOLDER", help="Where to put the demo; a new temporary folder if not given."),
     ] = None,
 ) -> None:
     """Show the whole path on the bundled tiny omni model, offline: make it, plan, quantize, verify."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -43,6 +44,7 @@ def _root(
 
 def run() -> None:
     """Entry point. Exit status 0: done or passed; 1: a check failed; 2: wrong usage or input; 130: interrupted."""
+    _open_closed_streams()
     try:
         app()
     except OmniFP4Error as error:
@@ -56,5 +58,21 @@ def run() -> None:
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone away; keep the interpreter from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(1)
+    except OSError as error:
+        # What has a better name was given it below; this is a full disk behind stdout, or a lack of file descriptors.
+        _drop_stdout()
+        sys.stderr.write(f"error: {error.filename or 'output'}: {error.strerror or error}\n")
+        sys.exit(2)
+
+
+def _open_closed_streams() -> None:
+    """Give a program that was started without stdout or stderr one that takes everything."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

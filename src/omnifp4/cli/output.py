@@ -29,6 +29,8 @@ class Output:
         """The result: the record as JSON, or what a person reads."""
         if self.as_json:
             sys.stdout.write(record.model_dump_json(indent=2) + "\n")
+            # Here a full disk or a reader that went away can still be told.
+            sys.stdout.flush()
         else:
             self._data.print(shown)
 

@@ -14,7 +14,7 @@ from omnifp4.cli.output import Output
 def plan(
     model: options.Model,
     out: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="Where it would be written, for the free disk space.")
+        Path | None, typer.Argument(metavar="OUT", help="Where it would be written, for the free disk space.")
     ] = None,
     recipe: options.RecipeName = "nvfp4",
     output_format: options.Format = "modelopt",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,5 +47,5 @@ def quantize(
             progress=progress,
         )
     output.result(receipt, quantization_text(receipt, str(out)))
-    against = f" --against {model}" if receipt.output_format else ""
-    output.say(f"next: omnifp4 verify {out}{against}")
+    against = f" --against {shlex.quote(model)}" if Path(model).is_dir() else ""
+    output.say(f"next: omnifp4 verify {shlex.quote(str(out))}{against}")

@@ -1,0 +1,5 @@
+"""One NVFP4 dialect to the other, and repair of known damage."""
+
+from omnifp4.convert.conversion import convert
+
+__all__ = ["convert"]

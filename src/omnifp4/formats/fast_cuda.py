@@ -18,6 +18,7 @@ from omnifp4.formats.reference import tensor_scale_for
 BLOCKS_PER_PROGRAM = 128
 WARPS = 4
 BYTES_PER_PROGRAM = 2048
+VALUES_PER_PROGRAM = 16384
 
 _RULES = {
     ScaleRule.MAX: kernels.MAX_RULE,
@@ -75,8 +76,8 @@ def encode_cuda(
         raise ValueError(f"dtype {weight.dtype} is none of bfloat16, float16, float32")
     *batch, rows, columns = weight.shape
     matrices = weight.reshape(-1, rows, columns).contiguous()
-    count, blocks = matrices.shape[0], rows * columns // BLOCK_SIZE
-    amax = torch.linalg.vector_norm(matrices, ord=float("inf"), dim=(1, 2)).double().cpu()
+    count = matrices.shape[0]
+    amax = _amax(matrices)
     if not bool(torch.isfinite(amax).all()):
         raise ValueError("the weight has NaN or infinite values")
     if tensor_scale is None:
@@ -87,17 +88,67 @@ def encode_cuda(
             raise ValueError("tensor_scale is far too small for the weight")
     power_of_two = bool((torch.frexp(scales).mantissa == 0.5).all())
     factor, row_size = _flat_importance(importance, rows, columns, matrices)
+    scales_there = scales.to(weight.device)
+    packed, block_scale, sums = launch_encode(
+        matrices,
+        rule,
+        scales_there,
+        power_of_two=power_of_two,
+        importance=factor,
+        row_size=row_size,
+    )
+    totals = sums.sum(dim=1) * scales_there.double().square()[:, None]
+    return CudaEncoding(
+        packed.reshape(*batch, rows, columns // 2),
+        block_scale.reshape(*batch, rows, columns // BLOCK_SIZE),
+        scales_there.reshape(batch),
+        totals[:, 0].reshape(batch),
+        totals[:, 1].reshape(batch),
+    )
 
-    device = weight.device
+
+def _amax(matrices: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each matrix, NaN if it has one: float64 ``[E]`` on the CPU."""
+    count, size = matrices.shape[0], matrices[0].numel()
+    programs = triton.cdiv(size, VALUES_PER_PROGRAM)
+    largest = torch.empty((count, programs), dtype=torch.int32, device=matrices.device)
+    kernels.amax_kernel[(programs, count)](matrices, largest, size, VALUES=VALUES_PER_PROGRAM)
+    return largest.amax(dim=1).cpu().view(torch.float32).double()
+
+
+def launch_encode(
+    matrices: torch.Tensor,
+    rule: ScaleRule,
+    scales: torch.Tensor,
+    *,
+    power_of_two: bool,
+    importance: torch.Tensor | None = None,
+    row_size: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the kernel without looking at the values: nothing is checked and the host waits for nothing.
+
+    Args:
+        matrices: ``[E, out, in]``, contiguous, finite.
+        rule: how scales are chosen.
+        scales: tensor scales, float32 ``[E]``, on the same device.
+        power_of_two: whether every one of `scales` is a power of two.
+        importance: float32 values of a matrix, or of one row of it.
+        row_size: `in` where `importance` is one row, otherwise 0.
+
+    Returns:
+        packed uint8 ``[E, out, in / 2]``, block scales uint8 ``[E, out, in / 16]``, and partial sums float64
+        ``[E, programs, 2]`` of squared error and energy in units of the squared tensor scale.
+    """
+    count, rows, columns = matrices.shape
+    blocks, device = rows * columns // BLOCK_SIZE, matrices.device
     packed = torch.empty((count, rows, columns // 2), dtype=torch.uint8, device=device)
     block_scale = torch.empty((count, rows, columns // BLOCK_SIZE), dtype=torch.uint8, device=device)
     programs = triton.cdiv(blocks, BLOCKS_PER_PROGRAM)
     sums = torch.empty((count, programs, 2), dtype=torch.float64, device=device)
-    scales_there = scales.to(device)
     kernels.encode_kernel[(programs, count)](
         matrices,
-        factor,
-        scales_there,
+        scales if importance is None else importance,
+        scales,
         _reciprocals(device),
         packed.view(torch.int32),
         block_scale,
@@ -111,21 +162,14 @@ def encode_cuda(
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
-    totals = sums.sum(dim=1) * scales_there.double().square()[:, None]
-    return CudaEncoding(
-        packed.reshape(*batch, rows, columns // 2),
-        block_scale.reshape(*batch, rows, columns // BLOCK_SIZE),
-        scales_there.reshape(batch),
-        totals[:, 0].reshape(batch),
-        totals[:, 1].reshape(batch),
-    )
+    return packed, block_scale, sums
 
 
 def _flat_importance(
     importance: torch.Tensor | None, rows: int, columns: int, weight: torch.Tensor
-) -> tuple[torch.Tensor, int]:
+) -> tuple[torch.Tensor | None, int]:
     if importance is None:
-        return weight, 0
+        return None, 0
     if importance.shape not in ((columns,), (1, columns), (rows, columns)):
         raise ValueError(f"importance has shape {tuple(importance.shape)}; [in] or [out, in] is needed")
     factor = importance.to(weight.device, torch.float32).contiguous()

@@ -107,6 +107,16 @@ def e2m1_code(value, x, scale, reciprocal, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
+def amax_kernel(weight_ptr, largest_ptr, size, VALUES: tl.constexpr):
+    """largest[matrix, program] = the largest magnitude among VALUES values, as float32 bits; NaN is the largest."""
+    matrix = tl.program_id(1).to(tl.int64)
+    index = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
+    wide = tl.load(weight_ptr + matrix * size + index, mask=index < size, other=0.0).to(tl.float32)
+    bits = wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.store(largest_ptr + matrix * tl.num_programs(0) + tl.program_id(0), tl.max(bits, axis=0))
+
+
+@triton.jit
 def encode_kernel(
     weight_ptr,
     importance_ptr,

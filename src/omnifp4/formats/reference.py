@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from omnifp4.formats.nvfp4 import (
     AMAX_LIMIT,
@@ -32,6 +33,8 @@ from omnifp4.formats.nvfp4 import (
 )
 
 E2M1_MIDPOINTS = (E2M1_MAGNITUDES[:-1] + E2M1_MAGNITUDES[1:]) / 2
+E4M3_POSITIVE = E4M3_VALUES[E4M3_MIN_BITS : E4M3_MAX_BITS + 1]
+E2M1_COLUMN = E2M1_MAGNITUDES[1:, None]
 E4M3_MIDPOINTS = (E4M3_VALUES[:E4M3_MAX_BITS] + E4M3_VALUES[1 : E4M3_MAX_BITS + 1]) / 2
 
 
@@ -69,7 +72,28 @@ def tensor_scale_for(amax: float, rule: ScaleRule) -> np.float32:
     if rule is ScaleRule.SWEEP:
         fraction, exponent = math.frexp(scale)
         scale = np.float32(math.ldexp(1.0, exponent - 1 if fraction == 0.5 else exponent))
-    return max(scale, np.float32(TENSOR_SCALE_MIN))
+    return _agreeing_in_bf16(max(scale, np.float32(TENSOR_SCALE_MIN)))
+
+
+def _agreeing_in_bf16(tensor_scale: np.float32) -> np.float32:
+    """The scale, or its float32 neighbour, whose decoded weights are the same BF16 numbers in both dialects.
+
+    One dialect multiplies a block scale by this number, the other divides by its stored reciprocal. The two differ in
+    the last bit of float32, which shows in BF16 where a product lies half-way: for about one tensor in fifty. There a
+    step of one float32 unit moves the products off the tie. A power of two agrees as it stands.
+    """
+    neighbours = (np.nextafter(tensor_scale, np.float32(np.inf)), np.nextafter(tensor_scale, np.float32(0.0)))
+    for scale in (tensor_scale, *neighbours):
+        multiplied, divided = E4M3_POSITIVE * scale, E4M3_POSITIVE / (np.float32(1.0) / scale)
+        if np.array_equal(round_to_bf16(multiplied * E2M1_COLUMN), round_to_bf16(divided * E2M1_COLUMN)):
+            return np.float32(scale)
+    return tensor_scale
+
+
+def round_to_bf16(values: Float32Array) -> npt.NDArray[np.uint16]:
+    """Round finite float32 to BF16 bits, ties to even: uint16 of the same shape."""
+    bits = values.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def blocks_of(weight: Float32Array) -> Float32Array:

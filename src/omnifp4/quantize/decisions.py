@@ -68,6 +68,11 @@ class EncodeUnit:
     name: str
     tensors: tuple[SourceTensor, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
 
 @dataclass(frozen=True)
 class CopyUnit:
@@ -75,6 +80,11 @@ class CopyUnit:
 
     name: str
     entries: tuple[TensorEntry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(entry.nbytes for entry in self.entries)
 
 
 @dataclass(frozen=True)
@@ -125,13 +135,17 @@ def decide(
     output_format: OutputFormat = OutputFormat.MODELOPT,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Job:
-    """Decide everything. Raises RecipeError where recipe and model do not fit."""
+    """Decide everything.
+
+    Raises:
+        RecipeError: recipe and model do not fit, no linear is left to quantize, or the result would not be smaller.
+    """
     schemes = choose_schemes(source.layout, recipe, overrides or {})
     decisions = tuple(_decide_tensor(tensor, schemes, recipe) for tensor in source.tensors)
     units = _units(source, decisions)
     stored = (_stored(unit, output_format) for unit in units)
     groups = (group for unit_groups in stored for group in unit_groups)
-    return Job(
+    job = Job(
         source=source,
         recipe=recipe,
         rule=rule or recipe.rule,
@@ -142,6 +156,24 @@ def decide(
         units=units,
         output=plan_output(groups, max_shard_bytes),
     )
+    _refuse_futile(job)
+    return job
+
+
+def _refuse_futile(job: Job) -> None:
+    """A run that quantizes nothing, or whose files are no smaller, must not end as a success."""
+    model_type, source = job.source.layout.model_type, job.source.checkpoint
+    if not job.quantized:
+        reasons = ", ".join(dict.fromkeys(d.reason for d in job.decisions if d.spec.is_linear))
+        raise RecipeError(
+            f"recipe {job.recipe.name!r} with these components leaves nothing of this {model_type} to quantize: {reasons}"
+        )
+    if job.output_format.dialect and job.output.weight_bytes >= source.weight_bytes:
+        raise RecipeError(
+            f"{source.location}: would not shrink: {job.output.weight_bytes:,} bytes of weights after "
+            f"{source.weight_bytes:,} before, because {len(job.quantized)} quantized linear(s) save less than their scales "
+            "and names take"
+        )
 
 
 def _decide_tensor(tensor: SourceTensor, schemes: Mapping[Component, str], recipe: Recipe) -> Decision:

@@ -10,9 +10,18 @@ from omnifp4.checkpoint.dialects import Activations
 from omnifp4.checkpoint.folder import CONFIG_NAME, INDEX_NAME
 from omnifp4.checkpoint.output import write_json
 from omnifp4.quantize.decisions import Job
-from omnifp4.receipt.base import package_version
+from omnifp4.receipt.base import as_text, package_version
 
 PRODUCER_NAME: Final = "omnifp4"
+
+
+def source_name(folder: Path) -> tuple[str, str]:
+    """What a source is called, without telling where it lies: folder name, or Hub id; and the Hub's commit, or ""."""
+    folder = folder.expanduser().absolute()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return "/".join(repository.split("--")[1:]), folder.name
+    return as_text(folder.resolve().name), ""
 
 
 def artifact_config(job: Job) -> dict[str, Any]:

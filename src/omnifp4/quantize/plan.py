@@ -15,7 +15,7 @@ from omnifp4.models.base import Component
 from omnifp4.models.source import match_source
 from omnifp4.quantize.decisions import Decision, Job, OutputFormat, decide, stored_tensors
 from omnifp4.quantize.recipe import DEFAULT_RECIPE, NVFP4, find_recipe
-from omnifp4.receipt.base import this_environment
+from omnifp4.receipt.base import as_text, this_environment
 from omnifp4.receipt.plan import ComponentRow, PlanReceipt
 
 
@@ -50,7 +50,7 @@ def plan_receipt(job: Job, out: Path | None = None) -> PlanReceipt:
     parameters = sum(row.parameters for row in rows)
     fp4 = sum(row.fp4_parameters for row in rows)
     return PlanReceipt(
-        model=checkpoint.location,
+        model=as_text(checkpoint.location),
         model_type=job.source.layout.model_type,
         recipe=job.recipe.name,
         recipe_version=job.recipe.version,
@@ -68,14 +68,19 @@ def plan_receipt(job: Job, out: Path | None = None) -> PlanReceipt:
         shards={shard.file_name: shard.total_bytes for shard in job.output.shards},
         side_file_bytes=side_file_bytes(checkpoint.folder) if checkpoint.folder else None,
         free_disk_bytes=free_bytes(out) if out else None,
-        left_out={
-            decision.spec.name: decision.reason
-            for decision in job.decisions
-            if decision.spec.is_linear and not decision.quantize and job.schemes[decision.spec.component] == NVFP4
-        },
+        left_out=left_out(job),
         notes=_notes(job),
         environment=this_environment(),
     )
+
+
+def left_out(job: Job) -> dict[str, str]:
+    """Linears of a quantized component that stay wide, with the reason."""
+    return {
+        decision.spec.name: decision.reason
+        for decision in job.decisions
+        if decision.spec.is_linear and not decision.quantize and job.schemes[decision.spec.component] == NVFP4
+    }
 
 
 def component_rows(job: Job) -> tuple[ComponentRow, ...]:

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from omnifp4.checkpoint.fingerprint import file_stamps, headers_sha256
 from omnifp4.checkpoint.output import OutputWriter, write_text
 from omnifp4.checkpoint.reader import CheckpointReader
-from omnifp4.checkpoint.side_files import CARD_NAME, RECEIPT_NAME, copy_side_files, side_file_bytes
-from omnifp4.checkpoint.staging import Staging, free_bytes, partial_folder, refuse_existing
+from omnifp4.checkpoint.side_files import CARD_NAME, RECEIPT_NAME, copy_side_files
+from omnifp4.checkpoint.staging import Staging, partial_folder, refuse_existing
+from omnifp4.checkpoint.units import Progress, check_finished, check_free_space, output_error, work_through
 from omnifp4.errors import OutputError
-from omnifp4.quantize.decisions import CopyUnit, EncodeUnit, Job
-from omnifp4.quantize.package import artifact_config, write_config_and_index
-from omnifp4.quantize.plan import component_rows
+from omnifp4.quantize.decisions import Job
+from omnifp4.quantize.package import artifact_config, source_name, write_config_and_index
+from omnifp4.quantize.plan import component_rows, left_out
 from omnifp4.quantize.work import Worker
 from omnifp4.receipt.base import package_version, this_environment
 from omnifp4.receipt.quantization import ComponentError, QuantizationReceipt, SourceRecord
 from omnifp4.report.model_card import model_card
-
-Unit = EncodeUnit | CopyUnit
-Progress = Callable[[int, int, str], None]
-"""Called with source bytes done, source bytes in all, and what was worked on last."""
-
-SMALL_FILES_BYTES: Final = 16 << 20
-"""Room kept for receipt, card, config and index."""
-
 
 def run_job(
     job: Job,
@@ -65,14 +55,15 @@ def run_job(
     source_folder = job.source.checkpoint.folder
     assert source_folder is not None, "a job to run needs a local checkpoint"
     refuse_existing(out)
-    check_free_space(job, out)
-    count = threads or len(os.sched_getaffinity(0))
-    with Staging(out, job_identity(job), resume=resume) as staging:
-        try:
+    refuse_overlap(source_folder, out)
+    count = threads or default_threads()
+    try:
+        check_free_space(job.output, out, source_folder)
+        with Staging(out, job_identity(job), resume=resume) as staging:
             with CheckpointReader(job.source.checkpoint) as reader, OutputWriter(staging.folder, job.output) as writer:
-                resumed = _check_finished(staging, job.units, writer, count)
+                resumed = check_finished(staging, job.units, writer, count)
                 worker = Worker(reader, writer, job.rule, job.output_format)
-                _work_through(job.units, staging, worker, count, progress)
+                work_through(job.units, staging, worker.run, count, progress)
                 writer.sync()
             write_config_and_index(staging.folder, artifact_config(job), job)
             copy_side_files(source_folder, staging.folder)
@@ -82,20 +73,9 @@ def run_job(
             if prove:
                 prove(staging.folder)
             staging.commit()
-        except OSError as error:
-            raise output_error(error, staging.folder) from error
+    except OSError as error:
+        raise output_error(error, partial_folder(out)) from error
     return receipt
-
-
-def output_error(error: OSError, folder: Path) -> OutputError:
-    """The line for a failed write: what the system said, and how to go on."""
-    reason = error.strerror or str(error)
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        reason = "the disk is full"
-    return OutputError(
-        f"{folder}: {reason}, so the artifact is not finished",
-        hint="mend that and run the same command with --resume; nothing done so far is lost",
-    )
 
 
 def job_identity(job: Job) -> dict[str, Any]:
@@ -112,82 +92,18 @@ def job_identity(job: Job) -> dict[str, Any]:
     }
 
 
-def check_free_space(job: Job, out: Path) -> None:
-    """Refuse to begin where the artifact cannot fit. Raises OutputError."""
-    folder = job.source.checkpoint.folder
-    needed = job.output.weight_bytes + SMALL_FILES_BYTES + (side_file_bytes(folder) if folder else 0)
-    partial = partial_folder(out)
-    written = sum(file.stat().st_blocks * 512 for file in partial.glob("*.safetensors")) if partial.is_dir() else 0
-    free = free_bytes(out)
-    if needed - written > free:
-        raise OutputError(
-            f"{out}: needs {needed - written:,} bytes and the disk has {free:,} free",
-            hint="choose an OUT on another disk, or make room",
-        )
+def refuse_overlap(source: Path, out: Path) -> None:
+    """Refuse an OUT inside the source, or made where the source is. Raises OutputError."""
+    source, partial = Path(os.path.realpath(source)), Path(os.path.realpath(partial_folder(out)))
+    if any(Path(os.path.realpath(path)).is_relative_to(source) for path in (out, partial)):
+        raise OutputError(f"{out}: lies inside the source {source}", hint="choose an OUT beside it")
+    if source.is_relative_to(partial):
+        raise OutputError(f"{out}: would be made in {partial}, where the source is", hint="choose another OUT")
 
 
-def _check_finished(staging: Staging, units: Sequence[Unit], writer: OutputWriter, threads: int) -> int:
-    """Compare what an earlier run wrote with its checksums; units that differ are done again."""
-
-    def intact(unit: Unit) -> bool:
-        record = staging.finished[unit.name]
-        return all(writer.checksum(name) == crc for name, crc in record["crc"].items())
-
-    known = [unit for unit in units if unit.name in staging.finished]
-    with ThreadPoolExecutor(threads) as pool:
-        for unit, whole in zip(known, pool.map(intact, known), strict=True):
-            if not whole:
-                staging.forget(unit.name)
-    return len(staging.finished)
-
-
-def _work_through(
-    units: Sequence[Unit], staging: Staging, worker: Worker, threads: int, progress: Progress | None
-) -> None:
-    """Do every unit that is not done; the first error stops all threads and is raised."""
-    sizes = {unit.name: _unit_bytes(unit) for unit in units}
-    total = sum(sizes.values())
-    done = sum(sizes[unit.name] for unit in units if unit.name in staging.finished)
-    waiting = iter([unit for unit in units if unit.name not in staging.finished])
-    lock, stop, errors = threading.Lock(), threading.Event(), list[BaseException]()
-
-    def loop() -> None:
-        nonlocal done
-        while not stop.is_set():
-            with lock:
-                unit = next(waiting, None)
-            if unit is None:
-                return
-            try:
-                staging.record(unit.name, worker.run(unit))
-            except BaseException as error:
-                errors.append(error)
-                stop.set()
-                return
-            with lock:
-                done += sizes[unit.name]
-                if progress:
-                    progress(done, total, unit.name.partition(":")[2])
-
-    workers = [threading.Thread(target=loop, name=f"quantize-{number}", daemon=True) for number in range(threads)]
-    for thread in workers:
-        thread.start()
-    try:
-        for thread in workers:
-            while thread.is_alive():
-                thread.join(0.2)
-    finally:
-        stop.set()
-        for thread in workers:
-            thread.join()
-    if errors:
-        raise errors[0]
-
-
-def _unit_bytes(unit: Unit) -> int:
-    if isinstance(unit, CopyUnit):
-        return sum(entry.nbytes for entry in unit.entries)
-    return sum(tensor.nbytes for tensor in unit.tensors)
+def default_threads() -> int:
+    """One for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _receipt(
@@ -202,9 +118,11 @@ def _receipt(
     rows = component_rows(job)
     source = job.source.checkpoint
     assert source.folder is not None
+    name, revision = source_name(source.folder)
     return QuantizationReceipt(
         source=SourceRecord(
-            model=source.folder.absolute().name,
+            model=name,
+            revision=revision,
             model_type=job.source.layout.model_type,
             headers_sha256=headers_sha256(source),
             weight_bytes=source.weight_bytes,
@@ -222,6 +140,7 @@ def _receipt(
         weight_bytes=job.output.weight_bytes,
         shards={shard.file_name: shard.total_bytes for shard in job.output.shards},
         ignore=tuple(job.ignore()),
+        left_out=left_out(job),
         decisions={name: _ratio([pair]) for name, pair in errors.items()},
         tensors=checksums,
         backend="cpu",

@@ -25,6 +25,8 @@ HOLD_BYTES: Final = 32 << 20
 
 CHUNK_BYTES: Final = 16 << 20
 
+F16_MAX: Final = np.float32(65504.0)
+
 
 class Worker:
     """Does units of work for one job; one instance serves all threads."""
@@ -89,19 +91,20 @@ class Worker:
                 held = self._hold(unit, total)
         else:
             held = [tensor.read(self._reader) for tensor in unit.tensors]
-        amax = 0.0
+        amax, largest = 0.0, unit.tensors[0]
         for index, tensor in enumerate(unit.tensors):
             for row, rows in self._row_ranges(tensor, held[index] if held else None):
                 found = fast_cpu.scan(rows, tensor.entry.dtype)
                 if found.nonfinite_index >= 0:
                     first = row * tensor.spec.shape[1] + found.nonfinite_index
                     raise self._not_finite(tensor.spec.name, tensor.entry, first)
-                amax = max(amax, found.amax)
+                if found.amax > amax:
+                    amax, largest = found.amax, tensor
         try:
             tensor_scale = tensor_scale_for(amax, self._rule)
         except ValueError as error:
             raise CheckpointError(
-                f"{self._reader.checkpoint.location}: tensor {unit.tensors[0].spec.name!r}: {error}"
+                f"{self._reader.checkpoint.location}/{largest.entry.shard}: tensor {largest.spec.name!r}: {error}"
             ) from None
         record: dict[str, Any] = {"crc": {}, "errors": {}}
         for index, tensor in enumerate(unit.tensors):
@@ -181,4 +184,7 @@ def _rounded_values(
     shape = (packed.shape[0], packed.shape[1] * 2)
     wide: npt.NDArray[Any] = np.empty(shape, dtype=np.uint16 if dtype == "BF16" else np.float32)
     fast_cpu.decode_into(packed, fast_cpu.effective_scale(block_scale, tensor_scale), wide)
-    return wide.astype(np.float16) if dtype == "F16" else wide
+    if dtype != "F16":
+        return wide
+    # Near the end of F16's range a value may round up beyond it.
+    return wide.clip(-F16_MAX, F16_MAX).astype(np.float16)

@@ -39,6 +39,11 @@ class Environment(Record):
     made_at: str
 
 
+def as_text(name: str) -> str:
+    """A file name as text that JSON can hold: bytes that are no UTF-8 become U+FFFD."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def package_version() -> str:
     """The installed version of this package."""
     try:

@@ -11,12 +11,14 @@ class SourceRecord(Record):
 
     Attributes:
         model: folder name or Hub id, never a path.
+        revision: commit of a Hub id; empty for a local folder.
         model_type: of its config.
         headers_sha256: of config.json and every shard's header, sizes included: names, shapes and order of all tensors.
         weight_bytes: of all shard files.
     """
 
     model: str
+    revision: str = ""
     model_type: str
     headers_sha256: str
     weight_bytes: int
@@ -41,6 +43,7 @@ class QuantizationReceipt(Record):
     """The record of ``omnifp4 quantize``.
 
     Attributes:
+        left_out: linears of a quantized component that stay wide, with the reason.
         decisions: for each FP4 linear its relative squared error, by checkpoint name of the wide weight.
         tensors: CRC-32 of the bytes of every stored tensor, by name.
         peak_memory_bytes: largest resident size of the process.
@@ -64,6 +67,7 @@ class QuantizationReceipt(Record):
     weight_bytes: int
     shards: dict[str, int]
     ignore: tuple[str, ...]
+    left_out: dict[str, str] = {}
     decisions: dict[str, float]
     tensors: dict[str, int]
     backend: str

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 from omnifp4.receipt.quantization import QuantizationReceipt
 
 RULES = {
@@ -11,10 +14,17 @@ RULES = {
 }
 
 
+MOST_LEFT_OUT = 20
+"""Linears listed by name; the receipt has all."""
+
+
 def model_card(receipt: QuantizationReceipt) -> str:
     """Markdown with the front matter of the Hub."""
     wide = receipt.output_format == "fake-quant"
-    saved = receipt.source.weight_bytes / receipt.weight_bytes
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", receipt.source.model) is not None
+    # The Hub takes nothing but one of its own ids for a base model.
+    base_model = [f"base_model: {json.dumps(receipt.source.model)}", "base_model_relation: quantized"]
+    title = " ".join(receipt.source.model.split())
     lines = [
         "---",
         "library_name: transformers",
@@ -23,11 +33,10 @@ def model_card(receipt: QuantizationReceipt) -> str:
         "- fp4",
         "- omnifp4",
         f"- {receipt.source.model_type}",
-        f"base_model: {receipt.source.model}",
-        "base_model_relation: quantized",
+        *(base_model if is_hub_id else ()),
         "---",
         "",
-        f"# {receipt.source.model} in {'fake-quant NVFP4' if wide else 'NVFP4'}",
+        f"# {title} in {'fake-quant NVFP4' if wide else 'NVFP4'}",
         "",
         f"Made by omnifp4 {receipt.environment.omnifp4} with recipe `{receipt.recipe}` (version {receipt.recipe_version}), "
         f"format `{receipt.output_format}`, scale rule `{receipt.rule}` ({RULES[receipt.rule]}). Weights only (W4A16); no "
@@ -39,9 +48,14 @@ def model_card(receipt: QuantizationReceipt) -> str:
             "**The weights are rounded through NVFP4 and stored wide: nothing shrinks. For quality checks only.**",
             "",
         ]
+    smaller = "" if wide else f" ({receipt.source.weight_bytes / receipt.weight_bytes:.2f}x smaller)"
+    revision = f" at `{receipt.source.revision}`" if receipt.source.revision else ""
     lines += [
-        f"{receipt.weight_bytes:,} bytes of weights in place of {receipt.source.weight_bytes:,} ({saved:.2f}x smaller); "
-        f"{receipt.fp4_parameters / receipt.parameters:.1%} of {receipt.parameters:,} parameters are in FP4.",
+        f"{receipt.weight_bytes:,} bytes of weights in place of {receipt.source.weight_bytes:,}{smaller}; "
+        f"{receipt.fp4_parameters / receipt.parameters:.1%} of {receipt.parameters:,} parameters are "
+        f"{'rounded to' if wide else 'in'} FP4. Source: `{title}`{revision}, config and headers "
+        f"`{receipt.source.headers_sha256}`. It took {receipt.seconds:.0f} s on {receipt.threads} thread(s) and at most "
+        f"{receipt.peak_memory_bytes / 1e9:.2f} GB of memory.",
         "",
         "| component | scheme | parameters | bytes before | bytes after | relative squared error | why it stays wide |",
         "|---|---|---|---|---|---|---|",
@@ -54,6 +68,11 @@ def model_card(receipt: QuantizationReceipt) -> str:
             f"| `{row.name}` | {row.scheme} | {row.parameters:,} | {row.bytes_before:,} | {row.bytes_after:,} | {measured} "
             f"| {reason} |"
         )
+    if receipt.left_out:
+        lines += ["", "Linears of FP4 components that stay wide:", ""]
+        lines += [f"- `{name}`: {reason}" for name, reason in list(receipt.left_out.items())[:MOST_LEFT_OUT]]
+        if len(receipt.left_out) > MOST_LEFT_OUT:
+            lines.append(f"- and {len(receipt.left_out) - MOST_LEFT_OUT} more, see `omnifp4.json`")
     lines += [
         "",
         "Relative squared error is `sum((w - w')^2) / sum(w^2)` of the decoded weights, measured while they were written. "

@@ -106,7 +106,9 @@ def check_scheme(subject: Subject) -> Findings:
     if not found.count and subject.dialect is not None:
         wanted = MODELOPT if claim.dialect == MODELOPT.name else COMPRESSED_TENSORS
         if subject.dialect.name != wanted.name:
-            found.add(f"the config is of {claim.dialect}, but the tensors are named as {subject.dialect.name} names them")
+            found.add(
+                f"the config is of {claim.dialect}, but the tensors are named as {subject.dialect.name} names them"
+            )
     return found
 
 

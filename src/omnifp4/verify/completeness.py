@@ -53,6 +53,9 @@ def check_tensors(subject: Subject) -> tuple[Findings, set[str]]:
     )
     if found.count:
         found.failed = f"{found.count:,} tensors are missing, unknown, or of the wrong type or shape"
+        prefixed = [name.startswith("thinker.") for name in subject.checkpoint.tensors]
+        if "thinker" in subject.layout.model_type and any(prefixed) and not all(prefixed):
+            found.notes.append("names stand with and without the prefix thinker.: tensors were saved twice")
         if any(IN_MEMORY in name for name in subject.checkpoint.tensors) and "omni" in subject.layout.model_type:
             found.notes.append(
                 f"names with {IN_MEMORY} are those of Transformers in memory, not those of a checkpoint: the tool saved "
@@ -70,7 +73,9 @@ def _linear_problems(linear: LinearEntries, spec: TensorSpec | None) -> list[str
     if spec is not None and spec.shape != (rows, 2 * half):
         wanted = [spec.shape[0], spec.shape[-1] // 2]
         turned = ": transposed" if spec.shape == (2 * half, rows) else ""
-        problems.append(f"{packed.name}: codes of shape {list(packed.shape)} where the config makes it {wanted}{turned}")
+        problems.append(
+            f"{packed.name}: codes of shape {list(packed.shape)} where the config makes it {wanted}{turned}"
+        )
     missing = [
         what
         for what, entry in (("block scale", linear.block_scale), ("tensor scale", linear.tensor_scale))
@@ -122,7 +127,9 @@ def _judge_unknown(found: Findings, subject: Subject, wide: list[str]) -> None:
         else:
             found.add(f"{name}: a {subject.layout.model_type} of this config has no such tensor")
     if statistics:
-        found.notes.append(f"{statistics:,} _amax statistics: the model was calibrated, but its weights were not packed")
+        found.notes.append(
+            f"{statistics:,} _amax statistics: the model was calibrated, but its weights were not packed"
+        )
 
 
 def _judge_wide(found: Findings, subject: Subject, wide: list[str]) -> None:

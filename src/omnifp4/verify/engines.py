@@ -37,8 +37,12 @@ class Stage:
     asked: re.Pattern[str]
     unnamed_head: str = ""
 
+    def module_name(self, module: str) -> str:
+        """The engine's name of a checkpoint module."""
+        return self.rename(f"{module}.weight").removesuffix(".weight")
+
     def rename(self, name: str) -> str:
-        """The engine's name of a module, or the form in which it compares an entry."""
+        """The form in which it compares an entry of the config."""
         for old, new in self.renames:
             if name.startswith(old):
                 name = new + name.removeprefix(old)
@@ -95,5 +99,5 @@ def group_modules(stage: Stage, modules: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for module in modules:
         if stage.asked.match(module) and module != stage.unnamed_head:
-            groups.setdefault(fused_name(stage.rename(module)), []).append(module)
+            groups.setdefault(fused_name(stage.module_name(module)), []).append(module)
     return groups

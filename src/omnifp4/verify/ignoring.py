@@ -11,7 +11,7 @@ from omnifp4.verify.claims import FP4_ALGORITHMS
 from omnifp4.verify.engines import FUSED, STAGES, Stage, group_modules
 from omnifp4.verify.findings import Findings
 from omnifp4.verify.matching import REGEX_PREFIX, excluded_by_compressed_tensors, expand_modelopt, taken_by_name
-from omnifp4.verify.subject import Subject
+from omnifp4.verify.subject import Subject, is_readable
 from omnifp4.verify.taking import MEND_IGNORE, Taking
 
 Answer = bool | None
@@ -31,12 +31,12 @@ def check_engines(subject: Subject, taking: Taking) -> Findings:
     told = {*taking.claimed_but_wide, *taking.unnamed_wide, *taking.ignored_fp4}
     asked = 0
     for stage in stages:
-        groups = group_modules(stage, subject.linear_specs)
+        groups = group_modules(stage, taking.present)
         answers = _answers(subject, claim, stage, groups)
         for name, modules in groups.items():
             asked += 1
             fp4 = [module for module in modules if module in subject.fp4]
-            if told.intersection(modules):
+            if told.intersection(modules) or not all(is_readable(subject.linear_specs[module]) for module in fp4):
                 continue
             if 0 < len(fp4) < len(modules):
                 wide = next(module for module in modules if module not in subject.fp4)
@@ -63,10 +63,12 @@ def _answers(
 ) -> dict[str, Answer]:
     if subject.mixed_layers:
         layers = {stage.rename(name) for name, algo in subject.mixed_layers.items() if algo in FP4_ALGORITHMS}
-        renamed = {module: stage.rename(module) for modules in groups.values() for module in modules}
+        renamed = {module: stage.module_name(module) for modules in groups.values() for module in modules}
         named = taken_by_name(layers, renamed.values())
         return {name: _all_or_none([renamed[m] in named for m in modules]) for name, modules in groups.items()}
-    answer = _modelopt(claim.ignore, stage) if claim.dialect == MODELOPT.name else _compressed_tensors(claim, stage, groups)
+    answer = (
+        _modelopt(claim.ignore, stage) if claim.dialect == MODELOPT.name else _compressed_tensors(claim, stage, groups)
+    )
     return {name: answer(name) for name in groups}
 
 

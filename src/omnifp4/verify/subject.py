@@ -110,7 +110,7 @@ class Subject:
 
     @cached_property
     def wide_equivalent_bytes(self) -> int:
-        """Bytes of the tensors if the FP4 linears were BF16."""
+        """Bytes of the shard files if the FP4 linears were BF16."""
         quantized = {
             entry.name
             for linear in self.fp4.values()
@@ -118,7 +118,13 @@ class Subject:
             if entry is not None
         }
         wide = sum(entry.nbytes for name, entry in self.checkpoint.tensors.items() if name not in quantized)
-        return wide + 2 * self.fp4_parameters
+        headers = self.checkpoint.weight_bytes - sum(entry.nbytes for entry in self.checkpoint.tensors.values())
+        return headers + wide + 2 * self.fp4_parameters
+
+    @property
+    def compression_ratio(self) -> float:
+        """How many times smaller the shard files are."""
+        return self.wide_equivalent_bytes / max(1, self.checkpoint.weight_bytes)
 
     @cached_property
     def fp4_parameters(self) -> int:

@@ -21,6 +21,7 @@ class Taking:
     """The config's word on every linear of the layout, by checkpoint names.
 
     Attributes:
+        present: every linear of the layout that is there, alone or inside a 3-D tensor of experts.
         known: whether there is a config whose rules are known.
         taken: modules that it says are FP4.
         claimed_but_wide: of those, the ones stored wide although their component is FP4 elsewhere or by default.
@@ -28,6 +29,7 @@ class Taking:
         ignored_fp4: FP4 modules that it says are not.
     """
 
+    present: tuple[str, ...]
     known: bool
     taken: frozenset[str]
     claimed_but_wide: tuple[str, ...]
@@ -37,17 +39,17 @@ class Taking:
 
 def read_taking(subject: Subject) -> Taking:
     """Ask the config about every linear of the layout that the checkpoint has."""
-    claim = subject.claim
+    claim, present = subject.claim, tuple(_present_linears(subject))
     if claim is None or claim.dialect not in KNOWN_DIALECTS:
-        return Taking(False, frozenset(), (), (), ())
-    present = _present_linears(subject)
+        return Taking(present, False, frozenset(), (), (), ())
     modules = list(dict.fromkeys([*present, *subject.fp4]))
     layers = [name for name, algorithm in subject.mixed_layers.items() if algorithm in FP4_ALGORITHMS]
     taken = taken_modules(claim, layers, modules)
     quantized_components = {
         spec.component for module in subject.fp4 if (spec := subject.linear_specs.get(module)) is not None
     }
-    claimed, unnamed = [], []
+    claimed: list[str] = []
+    unnamed: list[str] = []
     for module in present:
         if module in taken and module not in subject.fp4:
             spec = subject.linear_specs[module]
@@ -56,7 +58,7 @@ def read_taking(subject: Subject) -> Taking:
             )
             (claimed if expected else unnamed).append(module)
     ignored = tuple(module for module in subject.fp4 if module not in taken)
-    return Taking(True, frozenset(taken), tuple(claimed), tuple(unnamed), ignored)
+    return Taking(present, True, frozenset(taken), tuple(claimed), tuple(unnamed), ignored)
 
 
 def check_ignore(subject: Subject, taking: Taking) -> Findings:
@@ -78,22 +80,25 @@ def check_ignore(subject: Subject, taking: Taking) -> Findings:
         by_component.setdefault(subject.linear_specs[module].component.name, []).append(module)
     for component, modules in by_component.items():
         found.add(f"{component}: {len(modules):,} wide linears are not ignored, as {modules[0]}", len(modules))
-    wide = sum(module not in subject.fp4 for module in _present_linears(subject))
-    found.passed = f"{len(claim.ignore):,} entries exclude all {wide:,} wide linears and none of {len(subject.fp4):,} FP4"
+    wide = sum(module not in subject.fp4 for module in taking.present)
+    found.passed = (
+        f"{len(claim.ignore):,} entries exclude all {wide:,} wide linears and none of {len(subject.fp4):,} FP4"
+    )
     if subject.mixed_layers:
         found.passed = f"quantized_layers names the {len(subject.fp4):,} FP4 linears and none of {wide:,} wide ones"
     found.failed = f"{found.count:,} linears would be read as what they are not"
     if claim.dialect == COMPRESSED_TENSORS.name and taking.unnamed_wide:
         globs = [entry for entry in claim.ignore if "*" in entry and not entry.startswith("re:")]
         if globs:
-            found.notes.append(f"in compressed-tensors a wildcard such as {globs[0]!r} matches nothing; write re: and a pattern")
+            found.notes.append(
+                f"in compressed-tensors a wildcard such as {globs[0]!r} matches nothing; write re: and a pattern"
+            )
     if claim.dialect == MODELOPT.name and any(entry.startswith("re:") for entry in claim.ignore):
         found.notes.append("ModelOpt's ignore has wildcards, no re: expressions: those match nothing")
     return found
 
 
 def _present_linears(subject: Subject) -> list[str]:
-    """The layout's linears that are there, alone or inside a 3-D tensor of experts."""
     tensors = subject.checkpoint.tensors
     fused = {subject.layout.fused_by_name[name].expert_prefix for name in subject.layout.fused_names if name in tensors}
     return [

@@ -74,12 +74,14 @@ class CompressedTensors:
 
     def ignore_entries(self, wide: Iterable[str], quantized: Iterable[str]) -> list[str]:
         """See `Dialect.ignore_entries`: the shortest ends of names that no quantized module shares."""
-        wide, quantized = tuple(wide), tuple(quantized)
+        wide = tuple(wide)
+        quantized = tuple(quantized)
+        sharing = _Sharing(quantized)
         entries: list[str] = []
-        for root in wide_roots(wide, quantized):
-            pattern = _shortest_tail(root, quantized) or _tail_within_part(root, quantized)
+        for root in wide_roots(wide, quantized, DROPPED_PARTS):
+            pattern = _shortest_tail(root, sharing) or _tail_within_part(root, sharing, wide)
             # Where no end of the name tells it apart there remain exact names, which engines rename themselves.
-            entries += [REGEX_PREFIX + pattern] if pattern else [name for name in wide if _is_under(name, root)]
+            entries += [REGEX_PREFIX + pattern] if pattern else _under(root, wide)
         return list(dict.fromkeys(entries))
 
     def is_ignored(self, module: str, entries: Sequence[str]) -> bool:
@@ -94,8 +96,25 @@ def matches(module: str, entry: str) -> bool:
     return entry == module
 
 
-def _is_under(module: str, root: WideRoot) -> bool:
-    return module == root.name or module.startswith(f"{root.name}.")
+class _Sharing:
+    """Which quantized modules an expression matches, remembered: layer after layer asks the same."""
+
+    def __init__(self, quantized: Sequence[str]) -> None:
+        self._quantized = quantized
+        self._parts: dict[str, tuple[str, ...]] = {}
+
+    def parts(self, pattern: str) -> tuple[str, ...]:
+        """First parts of the names that match, sorted."""
+        if pattern not in self._parts:
+            matching = re.compile(pattern).match
+            self._parts[pattern] = tuple(
+                sorted({module.partition(".")[0] for module in self._quantized if matching(module)})
+            )
+        return self._parts[pattern]
+
+
+def _under(root: WideRoot, modules: Iterable[str]) -> list[str]:
+    return [module for module in modules if module == root.name or module.startswith(f"{root.name}.")]
 
 
 def _tails(root: WideRoot) -> Iterator[str]:
@@ -109,19 +128,23 @@ def _tails(root: WideRoot) -> Iterator[str]:
             yield r"(.*\.)?" + re.escape(".".join(tail)) + ("$" if root.is_leaf else r"\..*")
 
 
-def _shortest_tail(root: WideRoot, quantized: Sequence[str]) -> str | None:
-    return next((tail for tail in _tails(root) if not any(re.match(tail, module) for module in quantized)), None)
+def _shortest_tail(root: WideRoot, sharing: _Sharing) -> str | None:
+    return next((tail for tail in _tails(root) if not sharing.parts(tail)), None)
 
 
-def _tail_within_part(root: WideRoot, quantized: Sequence[str]) -> str | None:
+def _tail_within_part(root: WideRoot, sharing: _Sharing, wide: Sequence[str]) -> str | None:
     """An expression for a tail that quantized modules of other parts (such as the talker) have as well."""
-    part = root.name.partition(".")[0]
+    part, _, below = root.name.partition(".")
+    if not below:
+        return None
     for tail in _tails(root):
-        others = sorted({module.partition(".")[0] for module in quantized if re.match(tail, module)})
-        if part not in others:
-            if part in DROPPED_PARTS:
-                return rf"(?!(.*\.)?({'|'.join(map(re.escape, others))})\.)" + tail
+        others = sharing.parts(tail)
+        if part in others:
+            continue
+        if part in DROPPED_PARTS:
+            pattern = rf"(?!(.*\.)?({'|'.join(map(re.escape, others))})\.)" + tail
+        else:
             pattern = rf"(.*\.)?{re.escape(part)}\." + tail
-            if not any(re.match(pattern, module) for module in quantized):
-                return pattern
+        if not sharing.parts(pattern) and all(re.match(pattern, module) for module in _under(root, wide)):
+            return pattern
     return None

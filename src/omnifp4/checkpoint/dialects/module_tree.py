@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 
@@ -19,8 +19,13 @@ class WideRoot:
     is_leaf: bool
 
 
-def wide_roots(wide: Iterable[str], quantized: Iterable[str]) -> list[WideRoot]:
+def wide_roots(wide: Iterable[str], quantized: Iterable[str], divided: Collection[str] = ()) -> list[WideRoot]:
     """The topmost modules that hold wide linears and no quantized one, in order of first appearance.
+
+    Args:
+        wide: full names of linears.
+        quantized: full names of linears.
+        divided: modules that are no roots, so that those below them are.
 
     Raises:
         ValueError: a module is wide and quantized, or a wide one is the parent of a quantized one.
@@ -30,7 +35,8 @@ def wide_roots(wide: Iterable[str], quantized: Iterable[str]) -> list[WideRoot]:
         holds_quantized.update(_prefixes(module))
     roots: dict[str, WideRoot] = {}
     for module in wide:
-        root = next((prefix for prefix in _prefixes(module) if prefix not in holds_quantized), None)
+        prefixes = (prefix for prefix in _prefixes(module) if prefix == module or prefix not in divided)
+        root = next((prefix for prefix in prefixes if prefix not in holds_quantized), None)
         if root is None:
             raise ValueError(f"{module}: cannot stay wide, it is or holds a module that is quantized")
         roots.setdefault(root, WideRoot(root, root == module))

@@ -1,0 +1,225 @@
+"""NVFP4 linears that are damaged, and groups of them that disagree: what is wrong, and what is done about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from omnifp4.convert.checksums import scalar_checksum, swapped_checksum
+from omnifp4.convert.inspection import LinearState
+from omnifp4.convert.original import compare, is_damaged
+from omnifp4.convert.patient import Patient, Treatment
+from omnifp4.models.base import TensorSpec
+from omnifp4.models.source import SourceTensor
+from omnifp4.receipt.repair import Effect
+
+MOST_LOST_BLOCKS: Final = 0.01
+"""Share of block scales that may be lost; a linear with more has lost its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with one linear."""
+
+    module: str
+    kind: str
+    clause: str
+
+
+def judge_linears(patient: Patient, treatment: Treatment, lost: list[TensorSpec]) -> None:
+    """Find what is wrong with the linears and decide what to do, group by group.
+
+    Args:
+        patient: the artifact.
+        treatment: gets the decisions.
+        lost: linears that should be in NVFP4 and are not there.
+    """
+    groups: dict[str, list[str]] = {}
+    for spec in [*patient.artifact.specs.values()]:
+        if spec.module in patient.states or spec in lost:
+            groups.setdefault(spec.scale_group or spec.module, []).append(spec.module)
+    missing = {spec.module for spec in lost}
+    for key, modules in groups.items():
+        problems = [Problem(m, "tensor.missing", "it is missing, and should be in NVFP4") for m in modules if m in missing]
+        states = [patient.states[module] for module in modules if module not in missing]
+        for state in states:
+            problems += list(_problems(patient, state))
+        _restore_tensor_scales(patient, treatment, states, problems)
+        problems += _compare(patient, treatment, states, problems)
+        disagree = len({state.tensor_scale for state in states if state.module not in treatment.tensor_scales}) > 1
+        if not problems and not disagree:
+            continue
+        originals = _find_originals(patient, modules)
+        if originals:
+            _encode_group(patient, treatment, key, originals, problems, disagree)
+        else:
+            before = len(patient.ledger.unmended)
+            for problem in problems:
+                _mend_or_fail(patient, treatment, problem)
+            if disagree and len(patient.ledger.unmended) == before:
+                _reconcile(patient, treatment, states)
+
+
+def _problems(patient: Patient, state: LinearState) -> Iterator[Problem]:
+    for clause in state.wrong_parts:
+        yield Problem(state.module, "linear.parts", clause)
+    if state.scale_problem:
+        yield Problem(state.module, "scales.tensor", state.scale_problem)
+    if state.counts.damaged:
+        clause = f"{state.counts} of {state.counts.blocks:,} block scales"
+        yield Problem(state.module, "scales.block", clause)
+
+
+def _restore_tensor_scales(
+    patient: Patient, treatment: Treatment, states: list[LinearState], problems: list[Problem]
+) -> None:
+    """Where omnifp4.json proves that a linear had the tensor scale of a sibling, it gets that one."""
+    for state in states:
+        entry = state.linear.tensor_scale
+        recorded = patient.changed.get(entry.name) if entry is not None else None
+        for sibling in states:
+            if recorded is None or sibling.tensor_scale is None or sibling.tensor_scale == state.tensor_scale:
+                continue
+            if scalar_checksum(sibling.tensor_scale) == recorded:
+                treatment.tensor_scales[state.module] = sibling.tensor_scale
+                problems[:] = [p for p in problems if (p.module, p.kind) != (state.module, "scales.tensor")]
+                patient.ledger.mend(
+                    "scales.shared",
+                    state.module,
+                    f"its tensor scale is {state.tensor_scale}, not that of {sibling.module}, {sibling.tensor_scale}",
+                    "the sibling's was taken: the checksum in omnifp4.json proves that it was there",
+                    Effect.RESTORED,
+                )
+                break
+
+
+def _compare(
+    patient: Patient, treatment: Treatment, states: list[LinearState], problems: list[Problem]
+) -> list[Problem]:
+    """Swapped codes and wrong weights, by the original or by checksums; only of linears with nothing else wrong."""
+    found = []
+    troubled = {problem.module for problem in problems}
+    for state in states:
+        if state.module in troubled:
+            continue
+        tensor = patient.original.find_linear(state) if patient.original else None
+        if patient.original is not None and tensor is not None:
+            fixed = treatment.tensor_scales.get(state.module)
+            comparison = compare(patient.reader, state, patient.original, tensor, fixed)
+            if not is_damaged(comparison.error, patient.original, tensor):
+                continue
+            if not is_damaged(comparison.swapped_error, patient.original, tensor):
+                _swap(patient, treatment, state, f"its relative squared error is {comparison.error:.3g}, swapped back "
+                      f"{comparison.swapped_error:.3g}")  # fmt: skip
+            else:
+                clause = f"its relative squared error against the original is {comparison.error:.3g}"
+                found.append(Problem(state.module, "codes.wrong", clause))
+            continue
+        parts = (state.linear.packed, state.linear.block_scale)
+        changed = [part.name for part in parts if part is not None and part.name in patient.changed]
+        if changed == [state.linear.packed.name]:
+            if swapped_checksum(patient.reader, state.linear.packed) == patient.changed[changed[0]]:
+                _swap(patient, treatment, state, "swapped back they have the checksum in omnifp4.json")
+                continue
+        if changed:
+            clause = f"the bytes of {' and '.join(changed)} are not those that omnifp4.json recorded"
+            found.append(Problem(state.module, "tensor.checksum", clause))
+    return found
+
+
+def _swap(patient: Patient, treatment: Treatment, state: LinearState, proof: str) -> None:
+    treatment.swapped.add(state.module)
+    treatment.mended.add(state.module)
+    problem = f"the two codes of every byte are swapped: {proof}"
+    patient.ledger.mend("codes.swapped", state.module, problem, "swapped back", Effect.RESTORED)
+
+
+def _find_originals(patient: Patient, modules: list[str]) -> tuple[SourceTensor, ...]:
+    """The originals of all linears of a group; empty if one of them has none."""
+    if patient.original is None:
+        return ()
+    found = []
+    for module in modules:
+        tensor = patient.original.find(f"{module}.weight")
+        spec = patient.artifact.specs[module]
+        if tensor is None or tensor.spec.shape != spec.shape:
+            return ()
+        found.append(SourceTensor(spec, tensor.entry, tensor.fused))
+    return tuple(found)
+
+
+def _encode_group(
+    patient: Patient,
+    treatment: Treatment,
+    key: str,
+    originals: tuple[SourceTensor, ...],
+    problems: list[Problem],
+    disagree: bool,
+) -> None:
+    treatment.encoded[key] = originals
+    clauses: dict[str, list[Problem]] = {}
+    for problem in problems:
+        clauses.setdefault(problem.module, []).append(problem)
+    for tensor in originals:
+        module = tensor.spec.module
+        mine = clauses.get(module, [])
+        kind = mine[0].kind if mine else "scales.shared"
+        texts = [problem.clause for problem in mine]
+        if disagree:
+            texts.append("its tensor scale is not that of the linears it is fused with")
+        clause = "; ".join(texts) or "it shares its tensor scale with a damaged linear"
+        patient.ledger.mend(kind, module, clause, "encoded anew from the original", Effect.RECOMPUTED)
+        treatment.tensor_scales.pop(module, None)
+        treatment.swapped.discard(module)
+        treatment.mended.discard(module)
+
+
+def _mend_or_fail(patient: Patient, treatment: Treatment, problem: Problem) -> None:
+    """Without the original: block scales may be mended, nothing else."""
+    ledger, module = patient.ledger, problem.module
+    counts = patient.states[module].counts if module in patient.states else None
+    if problem.kind != "scales.block" or counts is None:
+        ledger.fail(problem.kind, module, problem.clause)
+        return
+    if counts.losing > MOST_LOST_BLOCKS * counts.blocks:
+        ledger.fail(problem.kind, module, f"{problem.clause}: too many to be anything but lost weights")
+        return
+    if (counts.nan_full or counts.nan_empty) and not patient.estimate:
+        ledger.fail(problem.kind, module, f"{problem.clause}, and what a NaN was cannot be told from the file")
+        return
+    treatment.mended.add(module)
+    actions = []
+    effect = Effect.NONE
+    if counts.zero_empty:
+        actions.append(f"{counts.zero_empty:,} zeros over zero codes became the smallest scale")
+    if counts.zero_full:
+        actions.append(f"{counts.zero_full:,} zeros over other codes became the smallest scale over zero codes, which "
+                       "decodes to the same zeros")  # fmt: skip
+    if counts.negative:
+        actions.append(f"{counts.negative:,} lost their sign bit, which no tool sets")
+        effect = Effect.RESTORED
+    if counts.nan_empty:
+        actions.append(f"{counts.nan_empty:,} NaN over zero codes became the smallest scale, on the assumption that "
+                       "these weights were zero")  # fmt: skip
+        effect = Effect.ESTIMATED
+    if counts.nan_full:
+        actions.append(f"{counts.nan_full:,} NaN became the median scale of their row: a guess, for what they were is lost")
+        effect = Effect.ESTIMATED
+    ledger.mend(problem.kind, module, problem.clause, "; ".join(actions), effect)
+
+
+def _reconcile(patient: Patient, treatment: Treatment, states: list[LinearState]) -> None:
+    """Give all linears of a group the tensor scale that is the largest as a factor, so that none overflows."""
+    dialect = patient.artifact.dialect
+    scales = {state.module: treatment.tensor_scales.get(state.module, state.tensor_scale) for state in states}
+    stored = [scale for scale in scales.values() if scale is not None]
+    shared = min(stored) if dialect.reciprocal else max(stored)
+    said = ", ".join(f"{module.rpartition('.')[2]} {scale:.6g}" for module, scale in scales.items())
+    for module, scale in scales.items():
+        if scale != shared:
+            treatment.tensor_scales[module] = shared
+            treatment.mended.add(module)
+            problem = f"tensor scales differ that kernels take for one: {said}"
+            action = f"codes and block scales were re-rounded for {shared:.6g}"
+            patient.ledger.mend("scales.shared", module, problem, action, Effect.ROUNDED)

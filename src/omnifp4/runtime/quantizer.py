@@ -1,0 +1,228 @@
+"""The quantizer that Transformers calls while it loads and saves an NVFP4 checkpoint.
+
+Its part of a load: check everything from headers, put packed modules in place of wide ones while the model has no
+memory yet, keep the packed tensors from Transformers' own loader, and fill them when the rest is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightRenaming
+from transformers.quantizers.base import HfQuantizer
+
+from omnifp4.checkpoint.dialects import Activations
+from omnifp4.checkpoint.folder import Checkpoint, open_checkpoint
+from omnifp4.errors import CheckpointError, ModelError, OmniFP4Error
+from omnifp4.models import KNOWN_MODEL_TYPES
+from omnifp4.runtime.claim import NVFP4CheckpointConfig, check_algorithm
+from omnifp4.runtime.filling import fill
+from omnifp4.runtime.names import Renaming
+from omnifp4.runtime.options import current_options
+from omnifp4.runtime.packed import NVFP4Linear, PackedExperts, PackedModule
+from omnifp4.runtime.placement import Placement, place, replace_module
+from omnifp4.runtime.saving import saved_tensors
+from omnifp4.runtime.scales import read_scales
+
+logger = logging.getLogger("omnifp4")
+
+HIDDEN_NAME = "omnifp4.packed"
+"""What packed tensors are called when Transformers' loader meets them."""
+
+_told: set[str] = set()
+
+
+def tell_once(message: str) -> None:
+    """Log a warning, once in the life of the process."""
+    if message not in _told:
+        _told.add(message)
+        logger.warning(message)
+
+
+class HidePacked(WeightRenaming):  # type: ignore[misc]
+    """A renaming that gives all packed tensors one name that no model has, so that they are left alone."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__(source_patterns="^omnifp4-matches-nothing$", target_patterns=HIDDEN_NAME)
+        self._names = names
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """See `WeightRenaming.rename_source_key`."""
+        return (HIDDEN_NAME if source_key in self._names else source_key), None
+
+
+class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads ModelOpt, compressed-tensors and AutoRound checkpoints whose weights are NVFP4."""
+
+    requires_calibration = True
+    quantization_config: NVFP4CheckpointConfig
+
+    def __init__(
+        self, quantization_config: NVFP4CheckpointConfig, *, stock: tuple[Any, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """`stock` is Transformers' own config class and quantizer of this method, for model types unknown here."""
+        super().__init__(quantization_config, **kwargs)
+        self._stock = stock
+        self._device_map: Any = None
+        self._checkpoint: Checkpoint | None = None
+        self._placement: Placement | None = None
+        self._conversions: list[Any] | None = None
+        self._compute_dtype: torch.dtype | None = None
+
+    # Hooks in the order in which Transformers calls them.
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """See `HfQuantizer.update_device_map`."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise OmniFP4Error("device_map: packed weights cannot be offloaded to disk", hint="use a device or 'auto'")
+        self._device_map = device_map
+        return device_map
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called first with the model's config by Transformers 5.21 and later."""
+        return self._see_config(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Called first with the model's config by Transformers up to 5.20."""
+        return self._see_config(config)
+
+    def _see_config(self, config: Any) -> Any:
+        if self._stock is not None and config.model_type not in KNOWN_MODEL_TYPES:
+            stock_config, stock_quantizer = self._stock
+            device_map = self._device_map
+            config.quantization_config = stock_config.from_dict(self.quantization_config.raw)
+            self.__dict__.clear()
+            self.__class__ = stock_quantizer
+            stock_quantizer.__init__(self, config.quantization_config, pre_quantized=True)
+            self.validate_environment(device_map=device_map, weights_only=True)
+            return config
+        check_algorithm(self.quantization_config.raw)
+        return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """See `HfQuantizer.update_dtype`: what is not packed, and what packed weights are unpacked to."""
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise OmniFP4Error(
+                f"dtype {str(dtype).removeprefix('torch.')} was asked for, but the weights are NVFP4 made from BF16, and "
+                "casting a quantized checkpoint gains nothing and may overflow",
+                hint="use dtype='auto'; torch.bfloat16, or torch.float32 on a CPU, are allowed",
+            )
+        self._compute_dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        checkpoint = _open(checkpoint_files)
+        renaming = Renaming(model)
+        placement = place(model, checkpoint.tensors, renaming, checkpoint.location)
+        packed = [f"{item.module}.weight" for item in placement.linears]
+        packed += [f"{item.module}.{part}" for item in placement.experts for part in ("gate_up_proj", "down_proj")]
+        renaming.check_wide(checkpoint.tensors, placement.packed_names, packed, checkpoint.location)
+        self._scales = read_scales(checkpoint, placement)
+        self._swap(model, placement)
+        self._unexpected = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = {*(self._unexpected or ()), f"^{re.escape(HIDDEN_NAME)}$"}
+        self._checkpoint, self._placement = checkpoint, placement
+        if self.quantization_config.claim.activations is Activations.FP4:
+            tell_once("this checkpoint is W4A4; it runs as W4A16 here: weights in FP4, activations in BF16")
+        if placement.cache_scales:
+            tell_once("this checkpoint has scales for an FP8 KV cache; the cache stays wide here")
+        return model
+
+    def _swap(self, model: nn.Module, placement: Placement) -> None:
+        backend = current_options().backend
+        for linear in placement.linears:
+            source = linear.source
+
+            def pack_linear(wide: nn.Module, source: Any = source) -> nn.Module:
+                assert isinstance(wide, nn.Linear)
+                return NVFP4Linear(
+                    wide, backend, reciprocal=source.reciprocal, input_scale=source.input_scale is not None
+                )
+
+            replace_module(model, linear.module, pack_linear)
+        for layer in placement.experts:
+            first = layer.gate[0]
+
+            def pack_experts(wide: nn.Module, first: Any = first) -> nn.Module:
+                return PackedExperts(
+                    wide, backend, reciprocal=first.reciprocal, input_scale=first.input_scale is not None
+                )
+
+            replace_module(model, layer.module, pack_experts)
+            # Transformers initializes experts from the module that holds them, by names that packed ones lack.
+            model.get_submodule(layer.module.rpartition(".")[0])._is_hf_initialized = True
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """See `HfQuantizer.update_weight_conversions`."""
+        assert self._placement is not None
+        return [HidePacked(self._placement.packed_names), *weight_conversions]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """See `HfQuantizer.get_new_dtype` (Transformers 5.21 and later): wide tensors are cast as in any model."""
+        is_float = param.get_dtype().startswith(("F", "BF")) if hasattr(param, "get_dtype") else param.is_floating_point()
+        return dtype if is_float else None
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        assert self._checkpoint is not None and self._placement is not None
+        # Transformers up to 5.20 leaves renamed tensors in the checkpoint's dtype.
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16) and self._compute_dtype == torch.float32:
+                parameter.data = parameter.data.to(torch.float32)
+        fill(model, self._checkpoint, self._placement, self._scales, current_options())
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                module.finish_loading()
+        model._keys_to_ignore_on_load_unexpected = self._unexpected
+        used = getattr(model, "_weight_conversions", None) or []
+        self._conversions = [entry for entry in used if not isinstance(entry, HidePacked)]
+        # `get_state_dict_and_metadata` gives names as they are on disk.
+        model._weight_conversions = []
+        mend_talker(model)
+        return model
+
+    # Saving.
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """See `HfQuantizer.get_state_dict_and_metadata`."""
+        assert self._checkpoint is not None and self._placement is not None
+        return saved_tensors(model, self._checkpoint, self._placement, self._conversions), {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """See `HfQuantizer.is_serializable`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """See `HfQuantizer.is_trainable`."""
+        return False
+
+
+def _open(files: Sequence[str] | None) -> Checkpoint:
+    folders = {str(Path(file).parent) for file in files or ()}
+    if len(folders) != 1:
+        raise CheckpointError(f"an NVFP4 checkpoint must be one folder of safetensors files, not {sorted(folders)}")
+    return open_checkpoint(folders.pop())
+
+
+def mend_talker(model: Any) -> None:
+    """Give the talker's config what its code reads.
+
+    Transformers 5.17 to 5.23 read `audio_config` from the talker's config when speech follows an audio input, where it
+    is not declared.
+    """
+    talker, thinker = getattr(model, "talker", None), getattr(model, "thinker", None)
+    if talker is None or thinker is None:
+        return
+    if getattr(talker.config, "audio_config", None) is None and getattr(thinker.config, "audio_config", None) is not None:
+        talker.config.audio_config = thinker.config.audio_config
+
+
+__all__ = ["ModelError", "NVFP4Quantizer", "mend_talker"]

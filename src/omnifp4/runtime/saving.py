@@ -1,0 +1,101 @@
+"""The tensors of a packed model under their names on disk, so that saving gives back the checkpoint that was loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from omnifp4.checkpoint.dialects import LinearEntries
+from omnifp4.checkpoint.folder import Checkpoint
+from omnifp4.checkpoint.header import TensorEntry
+from omnifp4.checkpoint.reader import CheckpointReader
+from omnifp4.runtime.packed import NVFP4Linear, PackedExperts, PackedModule
+from omnifp4.runtime.placement import ExpertsPlace, Placement
+
+
+def saved_tensors(
+    model: Any, checkpoint: Checkpoint, placement: Placement, conversions: list[Any] | None
+) -> dict[str, Tensor]:
+    """Every tensor to save, by its name on disk; packed ones share the model's memory.
+
+    Args:
+        model: loaded by `NVFP4Quantizer`.
+        checkpoint: what it was loaded from.
+        placement: of its packed weights.
+        conversions: those that Transformers used on the wide tensors while loading.
+    """
+    packed = {f"{name}." for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    wide: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if f"{owner}." not in packed or leaf == "bias":
+            wide[name] = value
+    wide = remove_tied_weights_from_state_dict(wide, model)
+    kept, model._weight_conversions = model._weight_conversions, conversions
+    try:
+        tensors = dict(revert_weight_conversion(model, wide))
+    finally:
+        model._weight_conversions = kept
+    for place in placement.linears:
+        tensors.update(_linear_tensors(model.get_submodule(place.module), place.source))
+    for layer in placement.experts:
+        tensors.update(_experts_tensors(model.get_submodule(layer.module), layer))
+    if placement.cache_scales:
+        with CheckpointReader(checkpoint) as reader:
+            for entry in placement.cache_scales:
+                tensors[entry.name] = _as_stored(torch.from_numpy(reader.read(entry)), entry)
+    return tensors
+
+
+def _linear_tensors(module: NVFP4Linear, source: LinearEntries) -> Iterator[tuple[str, Tensor]]:
+    yield from _tensors(source, module.packed, module.block_scale, module.tensor_scale, module.input_scale)
+
+
+def _experts_tensors(module: PackedExperts, place: ExpertsPlace) -> Iterator[tuple[str, Tensor]]:
+    inner = module.intermediate_dim
+    gate_up_input, down_input = module._buffers.get("gate_up_input_scale"), module._buffers.get("down_input_scale")
+    for expert in range(module.num_experts):
+        codes, block_scale = module.gate_up_packed[expert], module.gate_up_block_scale[expert]
+        for part, (source, rows) in enumerate(
+            ((place.gate[expert], slice(None, inner)), (place.up[expert], slice(inner, None)))
+        ):
+            input_scale = None if gate_up_input is None else gate_up_input[expert, part]
+            scale = module.gate_up_tensor_scale[expert]
+            yield from _tensors(source, codes[rows], block_scale[rows], scale, input_scale)
+        input_scale = None if down_input is None else down_input[expert]
+        yield from _tensors(
+            place.down[expert],
+            module.down_packed[expert],
+            module.down_block_scale[expert],
+            module.down_tensor_scale[expert],
+            input_scale,
+        )
+
+
+def _tensors(
+    source: LinearEntries, packed: Tensor, block_scale: Tensor, tensor_scale: Tensor, input_scale: Tensor | None
+) -> Iterator[tuple[str, Tensor]]:
+    pairs = (
+        (source.packed, packed),
+        (source.block_scale, block_scale),
+        (source.tensor_scale, tensor_scale),
+        (source.input_scale, input_scale),
+    )
+    for entry, value in pairs:
+        if entry is not None and value is not None:
+            yield entry.name, _as_stored(value, entry)
+
+
+def _as_stored(value: Tensor, entry: TensorEntry) -> Tensor:
+    """A tensor of its own storage over the same memory, in the dtype and shape on disk."""
+    # Through DLPack, because parts of one storage would all be put in one shard and counted once.
+    # One value may stand under two names on disk (gate and up), which safetensors takes only as two tensors.
+    alone = value.clone() if value.numel() == 1 else torch.from_dlpack(value.detach().contiguous())
+    if entry.dtype == "F8_E4M3":
+        alone = alone.view(torch.float8_e4m3fn)
+    return alone.reshape(entry.shape)
