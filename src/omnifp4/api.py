@@ -111,6 +111,12 @@ def quantize(
         receipt = verify(folder, threads=threads)
         if receipt.verdict is Verdict.FAIL:
             failed = [item for item in receipt.checks if item.verdict is Verdict.FAIL]
+            if [item.name for item in failed] == ["scales.plausible"]:
+                # The scales are those of the weights, so it is the source that no training could have made.
+                raise ProofError(
+                    f"{folder}: the source's weights are of no sane size: {failed[0].findings[0]}",
+                    hint="fetch the source again; with --resume --no-check the artifact is made all the same",
+                )
             raise ProofError(
                 f"{folder}: failed {', '.join(item.name for item in failed)}: {failed[0].summary}",
                 hint=f"omnifp4 verify {folder} shows the findings; please report this",

@@ -36,6 +36,18 @@ def test_twin_of_the_reference(source, rule: ScaleRule) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_near_ties_are_rare(rule: ScaleRule) -> None:
+    """65,536 blocks: enough that each of the eleven candidates wins somewhere, but for the lowest."""
+    weight = np.random.default_rng(8).standard_normal((512, 2048), dtype=np.float32)
+    encoded, _ = fast_cpu.encode(weight, "F32", rule)
+    assert count_near_ties(weight, encoded, rule) <= 6
+    if rule is ScaleRule.SWEEP:
+        by_max = reference.choose_block_scales(weight, encoded.tensor_scale, ScaleRule.MAX)
+        offsets = encoded.block_scale.astype(int) - by_max
+        assert set(np.unique(offsets)) >= set(range(-2, 8))
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", [(336,), (40, 336)])
 def test_importance(rule: ScaleRule, shape: tuple[int, ...], make_source) -> None:
     rng = np.random.default_rng(5)
@@ -55,10 +67,12 @@ def test_a_given_tensor_scale(factor: float, make_source) -> None:
     source = make_source("random", "BF16")
     scale = np.float32(reference.tensor_scale_for(float(np.abs(source.wide).max()) * 7, ScaleRule.SWEEP) * factor)
     for rule in RULES:
-        encoded, _ = encode(source, rule, tensor_scale=scale)
+        encoded, stats = encode(source, rule, tensor_scale=scale)
         assert count_near_ties(source.wide, encoded, rule) <= 2
         codes = reference.encode_codes(source.wide, encoded.block_scale, scale)
         np.testing.assert_array_equal(encoded.packed, pack(codes))
+        loss = float(np.square(source.wide.astype(np.float64) - reference.decode(encoded)).sum())
+        assert stats.squared_error == pytest.approx(loss, rel=1e-5)
 
 
 def test_views_and_bytes_that_are_not_aligned(make_source) -> None:

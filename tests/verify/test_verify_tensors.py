@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from verify_artifacts import MODELOPT, Artifact, assert_fails, check_of, narrow, quantize, widen
+from verify_artifacts import MODELOPT, Artifact, assert_fails, check_of, failing, narrow, quantize, widen
 
 from omnifp4.errors import CheckpointError
 from omnifp4.formats import reference
@@ -227,8 +227,17 @@ def test_truncated_shard(modelopt, tmp_path):
 
 @pytest.mark.parametrize("name", ["vocab.json", "chat_template.jinja", "preprocessor_config.json", "merges.txt"])
 def test_missing_side_file(modelopt, judge, source_folder, name):
+    modelopt.side["omnifp4.json"] = modelopt.receipt()
     del modelopt.side[name]
     assert_fails(judge(modelopt, source_folder), {"files.side"}, name)
+
+
+def test_other_tools_save_side_files_under_other_names(modelopt, judge, source_folder):
+    modelopt.side["tokenizer.json"] = b"{}"
+    del modelopt.side["vocab.json"], modelopt.side["merges.txt"]
+    receipt = judge(modelopt, source_folder)
+    assert failing(receipt) == {}
+    assert "vocab.json of the source is not here" in check_of(receipt, "files.side").summary
 
 
 def test_broken_side_file(modelopt, judge, source_folder):
@@ -252,6 +261,18 @@ def fake_quant(wide: Artifact) -> Artifact:
             fake.tensors[name] = ("BF16", wide.tensors[name][1], narrow(reference.decode(tensor)))
     assert widen(fake.tensors[f"{DOWN}.weight"]).any()
     return fake
+
+
+def test_fake_quant_against_its_source(wide, judge, source_folder):
+    fake = fake_quant(wide)
+    fake.side["omnifp4.json"] = fake.receipt(output_format="fake-quant")
+    receipt = judge(fake, source_folder)
+    assert_fails(receipt, set())
+    assert 0.007 < receipt.relative_squared_error < 0.0105
+    fake.put(f"{DOWN}.weight", np.zeros_like(fake.bits(f"{DOWN}.weight")))
+    fake.put(NORM, fake.bits(NORM) ^ 1)
+    fake.side["omnifp4.json"] = fake.receipt(output_format="fake-quant")
+    assert_fails(judge(fake, source_folder), {"values.error", "values.untouched"}, f"{DOWN}.weight", NORM)
 
 
 def test_fake_quant(wide, judge):

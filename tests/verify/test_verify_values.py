@@ -97,7 +97,7 @@ def test_larger_error_of_calibrated_methods_is_noted_not_failed(modelopt, judge,
     name = f"{DOWN}.weight"
     codes = modelopt.bits(name)
     rng = np.random.default_rng(0)
-    moved = (rng.random(codes.shape) < 0.12) & ((codes & 7) > 0) & ((codes & 7) < 5)
+    moved = (rng.random(codes.shape) < 0.5) & ((codes & 7) > 0) & ((codes & 7) < 5)
     codes[moved] += 1
     modelopt.put(name, codes)
     receipt = judge(modelopt, source_folder)

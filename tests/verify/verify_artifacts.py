@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import struct
 import zlib
 from collections.abc import Mapping
@@ -79,8 +80,9 @@ class Artifact:
         self.tensors = {name.replace(old, new): stored for name, stored in self.tensors.items()}
 
     def write(self, folder: Path, shards: int = 1) -> Path:
-        """Write shards, index and side files."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write shards, index and side files into a folder of their own; one of that name is replaced."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(self.config))
         for name, data in self.side.items():
             (folder / name).write_bytes(data)

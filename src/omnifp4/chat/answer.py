@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,3 +100,27 @@ class Answer:
 
 
 Event = TextPiece | SpeechPiece | Answer
+Events = Generator[Event, None, None]
+"""Pieces, and the answer last."""
+
+
+def drain(
+    events: Events, on_text: Callable[[str], object] | None, on_speech: Callable[[Waveform], object] | None
+) -> Answer:
+    """Runs to the answer; Ctrl-C in a callback counts as Ctrl-C while the answer is made."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            event = next(events) if interrupt is None else events.throw(interrupt)
+            interrupt = None
+            if isinstance(event, Answer):
+                return event
+            if isinstance(event, TextPiece) and on_text is not None:
+                on_text(event.text)
+            if isinstance(event, SpeechPiece) and on_speech is not None:
+                on_speech(event.waveform)
+        except KeyboardInterrupt as error:
+            if error is interrupt:
+                # It came where no answer was under way.
+                raise
+            interrupt = error

@@ -36,4 +36,6 @@ def need(module: str, purpose: str, package: str = "") -> Any:
     except (ImportError, OSError) as error:
         name = package or module.partition(".")[0]
         reason = str(error).partition("\n")[0]
-        raise ChatError(f"{purpose} needs {name}, which does not import: {reason}", hint=f"pip install {name}") from error
+        raise ChatError(
+            f"{purpose} needs {name}, which does not import: {reason}", hint=f"pip install {name}"
+        ) from error

@@ -26,7 +26,7 @@ _locks_lock = threading.Lock()
 
 
 def model_lock(model: Any) -> threading.RLock:
-    """Held while hooks or borrowed methods sit on a model that several chats may share."""
+    """Held while hooks or borrowed methods sit on a model, or a part of one, that several chats may share."""
     with _locks_lock:
         return _locks.setdefault(model, threading.RLock())
 
@@ -152,7 +152,7 @@ class ThinkerDecoder:
     def __init__(self, model: Any, *, keep_states: bool) -> None:
         """`keep_states`: keep the hidden states that the talker reads."""
         self._thinker = model.thinker
-        self._lock = model_lock(model)
+        self._lock = model_lock(model.thinker)
         self._layer = model.config.talker_config.accept_hidden_layer if keep_states else None
         self._cache: Any = None
         self._shift: Any = None
@@ -178,7 +178,7 @@ class ThinkerDecoder:
                 second_per_grids=tensors.get("video_second_per_grid"),
             )
             text_positions = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1)
-            positions = torch.cat([text_positions, positions.to(ids.device).long()])
+            positions = torch.cat([text_positions, positions.to(ids.device)])
             output = self._thinker(
                 **tensors, position_ids=positions, use_audio_in_video=inputs.sound_in_video, use_cache=True
             )
@@ -192,7 +192,7 @@ class ThinkerDecoder:
 
         device = self._shift.device
         place = torch.tensor([[[self._length]]], device=device)
-        positions = torch.cat([place, (place + self._shift.view(1, 1, 1)).expand(3, 1, 1)]).long()
+        positions = torch.cat([place, (place + self._shift.view(1, 1, 1)).expand(3, 1, 1)])
         with torch.no_grad():
             output = self._thinker(
                 input_ids=torch.tensor([[token]], device=device),
@@ -228,7 +228,9 @@ class ThinkerDecoder:
 class TextRun:
     """One answer's text in the making."""
 
-    def __init__(self, decoder: Any, inputs: ModelInputs, tokenizer: Any, sampler: Sampler, eos: frozenset[int], options: Options) -> None:
+    def __init__(
+        self, decoder: Any, inputs: ModelInputs, tokenizer: Any, sampler: Sampler, eos: frozenset[int], options: Options
+    ) -> None:
         """`decoder` is a `ThinkerDecoder`, or whatever has its `prefill` and `step`."""
         self._decoder = decoder
         self._inputs = inputs
@@ -262,13 +264,13 @@ class TextRun:
             self.finish_reason = "eos"
             return self._stream.finish()
         piece = self._stream.add(token)
+        full = len(self.tokens) >= self._options.max_new_tokens
+        if full:
+            piece += self._stream.finish()
         if self._stream.stopped:
             self.finish_reason = "stop"
-        elif len(self.tokens) >= self._options.max_new_tokens:
+        elif full:
             self.finish_reason = "length"
-            piece += self._stream.finish()
-            if self._stream.stopped:
-                self.finish_reason = "stop"
         return piece
 
     def interrupt(self) -> str:

@@ -76,7 +76,9 @@ def pixels(value: Any, where: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if not np.issubdtype(array.dtype, np.floating):
-        raise MediaError(f"{where}: an image array of type {array.dtype} is not read", hint="uint8, or floats in [0, 1]")
+        raise MediaError(
+            f"{where}: an image array of type {array.dtype} is not read", hint="uint8, or floats in [0, 1]"
+        )
     if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
         raise MediaError(f"{where}: image values lie outside [0, 1]", hint="uint8, or floats in [0, 1]")
     return np.ascontiguousarray(np.rint(array * 255).astype(np.uint8))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from omnifp4.chat.errors import ChatError, ContextError
@@ -87,7 +88,9 @@ def build_inputs(model: Any, processor: Any, messages: Sequence[Message], *, dev
 
 def prompt_text(processor: Any, messages: Sequence[Message]) -> str:
     """The prompt as the checkpoint's template writes it, the assistant's header last."""
-    plain = [{"role": message["role"], "content": [_rendered(part) for part in message["content"]]} for message in messages]
+    plain = [
+        {"role": message["role"], "content": [_rendered(part) for part in message["content"]]} for message in messages
+    ]
     try:
         text = str(processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
     except TypeError:
@@ -134,7 +137,9 @@ def fit_context(
     over = inputs.prompt_tokens + new_tokens - limit
     if over <= 0:
         return inputs
-    told = f"the conversation has {inputs.prompt_tokens} tokens and the answer may have {new_tokens}, together more than"
+    told = (
+        f"the conversation has {inputs.prompt_tokens} tokens and the answer may have {new_tokens}, together more than"
+    )
     hint = "lower max_new_tokens, shorten it, or reset"
     if rule == "refuse":
         raise ContextError(f"{told} the context of {limit}", hint=f"{hint}, or use context='trim'")
@@ -142,7 +147,7 @@ def fit_context(
     starts = [place for place, token in enumerate(ids) if token == model.config.im_start_token_id]
     if len(starts) != len(messages) + 1:
         raise ContextError(f"{told} the context of {limit}", hint=hint)
-    lengths = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+    lengths = [after - before for before, after in pairwise(starts)]
     groups = turns(messages)
     left_out = 0
     while over > 0 and left_out < len(groups) - 1:
@@ -184,7 +189,7 @@ def _has_text(text: str, messages: Sequence[Message]) -> bool:
 
 
 def _check_roles(config: Any, ids: list[int]) -> None:
-    pairs = list(zip(ids, ids[1:], strict=False))
+    pairs = list(pairwise(ids))
     start = config.im_start_token_id
     if (start, config.user_token_id) not in pairs or (start, config.assistant_token_id) not in pairs[-4:]:
         raise ChatError(

@@ -197,7 +197,9 @@ def _content(value: Any, kind: str, where: str) -> Part:
         if not isinstance(data, str):
             raise ChatError(f"{where} (input_audio) has {_name(data)} as data", hint="data is base64 text")
         if form not in AUDIO_FORMATS:
-            raise ChatError(f"{where} (input_audio) has the format {form!r}", hint=f"allowed: {', '.join(AUDIO_FORMATS)}")
+            raise ChatError(
+                f"{where} (input_audio) has the format {form!r}", hint=f"allowed: {', '.join(AUDIO_FORMATS)}"
+            )
         return {"type": "audio", "audio": f"data:audio/{form};base64,{data}"}
     if kind.endswith("_url"):
         medium = kind.removesuffix("_url")

@@ -63,7 +63,9 @@ def decode_audio(encoded: Encoded, max_seconds: float, too_long: TooLong, where:
             raise MediaError(f"{where}: {encoded.name} is damaged: {error}") from error
 
 
-def audio_from_array(value: Any, rate: int | None, max_seconds: float, too_long: TooLong, where: str) -> tuple[Samples, str]:
+def audio_from_array(
+    value: Any, rate: int | None, max_seconds: float, too_long: TooLong, where: str
+) -> tuple[Samples, str]:
     """Samples as an array, ``(samples,)`` or two-dimensional with the channels on the shorter axis.
 
     Args:

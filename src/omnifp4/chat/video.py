@@ -105,7 +105,9 @@ def video_from_frames(value: Any, limits: VideoLimits, where: str) -> Video:
     if any(frame.ndim != 3 or frame.shape != frames[0].shape for frame in frames):
         raise MediaError(f"{where}: the video's frames differ in shape, or have no colour", hint="(height, width, 3)")
     if frames[0].shape[0] * frames[0].shape[1] > limits.max_pixels:
-        raise MediaError(f"{where}: frames of {frames[0].shape[:2]} are above the limit of {limits.max_pixels:,} pixels")
+        raise MediaError(
+            f"{where}: frames of {frames[0].shape[:2]} are above the limit of {limits.max_pixels:,} pixels"
+        )
     pil = need("PIL.Image", "reading video frames", "pillow")
     size = frame_size(frames[0].shape[1], frames[0].shape[0], len(frames), limits.max_tokens)
     return Video(_stacked([np.asarray(pil.fromarray(frame[..., :3]).resize(size)) for frame in frames]), None)

@@ -24,7 +24,7 @@ class WavWriter:
             self._file = self.path.open("wb")
         except OSError as error:
             raise ChatError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self._wave = wave.open(self._file, "wb")
+        self._wave = wave.open(self._file, "wb")  # noqa: SIM115 - open as long as this object
         self._wave.setnchannels(1)
         self._wave.setsampwidth(2)
         self._wave.setframerate(sampling_rate)
@@ -48,5 +48,7 @@ class WavWriter:
     def __enter__(self) -> WavWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -40,6 +41,7 @@ MAX_ELEMENTS: Final = 2**63
 """A shape with as many elements is absurd, also where a dimension of zero makes them none."""
 
 
+@lru_cache(maxsize=4096)
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor; ValueError where the shape is absurd or sub-byte elements do not fill whole bytes."""
     if len(shape) > MAX_DIMENSIONS:

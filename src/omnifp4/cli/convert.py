@@ -37,7 +37,9 @@ def repair(
     out: options.Out,
     source: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="The wide checkpoint it was made from: lost numbers are recomputed from it."),
+        typer.Option(
+            metavar="FOLDER", help="The wide checkpoint it was made from: lost numbers are recomputed from it."
+        ),
     ] = None,
     resume: options.Resume = False,
     threads: options.Threads = None,

@@ -14,7 +14,7 @@ from omnifp4.formats.reference import round_to_e4m3
 
 def swap_nibbles(packed: UInt8Array) -> UInt8Array:
     """Exchange the two codes of every byte."""
-    return (packed << 4) | (packed >> 4)
+    return np.asarray((packed << 4) | (packed >> 4), dtype=np.uint8)
 
 
 def mend_block_scales(packed: UInt8Array, scales: UInt8Array) -> tuple[UInt8Array, UInt8Array]:

@@ -213,9 +213,7 @@ def _identity(translation: Translation, planned: PlannedOutput) -> dict[str, Any
     }
 
 
-def _receipt(
-    translation: Translation, planned: PlannedOutput, written: Written, seconds: float
-) -> ConversionReceipt:
+def _receipt(translation: Translation, planned: PlannedOutput, written: Written, seconds: float) -> ConversionReceipt:
     artifact, scales = translation.artifact, translation.scales.values()
     checkpoint = artifact.checkpoint
     assert checkpoint.folder is not None
@@ -266,5 +264,3 @@ def _note(receipt: ConversionReceipt) -> str:
         f"{receipt.environment.omnifp4}: codes and block scales are the same bytes, and {exact}. The record is in "
         "`omnifp4.json`. To check it: `omnifp4 verify .`."
     )
-
-

@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from omnifp4.checkpoint.dialects import LinearEntries
 from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.convert.artifact import Artifact
 from omnifp4.formats.nvfp4 import BLOCK_SIZE, E2M1_MAX, E4M3_VALUES, UInt8Array
+
+BoolArray = npt.NDArray[np.bool_]
 
 NAN_BITS: Final = 0x7F
 SIGN_BIT: Final = 0x80
@@ -138,7 +141,9 @@ def _compare_siblings(artifact: Artifact, states: dict[str, LinearState]) -> Non
 def inspect_linear(artifact: Artifact, reader: CheckpointReader, linear: LinearEntries) -> LinearState:
     """Look at one linear; raises CheckpointError if a file cannot be read."""
     spec = artifact.specs.get(linear.module)
-    shape = spec.shape if spec else (*linear.packed.shape[:-1], linear.packed.shape[-1] * 2) if linear.packed.shape else ()
+    shape = (
+        spec.shape if spec else (*linear.packed.shape[:-1], linear.packed.shape[-1] * 2) if linear.packed.shape else ()
+    )
     if len(shape) != 2:
         return LinearState(linear.module, linear, (0, 0), ("its codes are no matrix",), None, "", None, BlockCounts())
     wide_shape = (shape[0], shape[1])
@@ -218,17 +223,19 @@ def count_blocks(reader: CheckpointReader, linear: LinearEntries) -> BlockCounts
         zero, nan = magnitude == 0, magnitude == NAN_BITS
         negative = (bits >= SIGN_BIT) & ~zero & ~nan
         totals += [np.count_nonzero(m) for m in (zero & empty, zero & ~empty, negative, nan & empty, nan & ~empty)]
-    return BlockCounts(scales.size, *(int(total) for total in totals), largest=largest)
+    zero_empty, zero_full, signed, nan_empty, nan_full = (int(total) for total in totals)
+    return BlockCounts(scales.size, zero_empty, zero_full, signed, nan_empty, nan_full, largest)
 
 
-def is_damaged(scales: UInt8Array) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def is_damaged(scales: UInt8Array) -> BoolArray:
     """Where a block scale is zero, negative or NaN."""
-    return ~(E4M3_VALUES[scales] > 0)
+    return np.logical_not(E4M3_VALUES[scales] > 0)
 
 
-def is_empty(packed: UInt8Array) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def is_empty(packed: UInt8Array) -> BoolArray:
     """Where all 16 codes of a block are zeros: ``[out, in / 2]`` to bool ``[out, in / 16]``."""
-    return ~(packed & MAGNITUDE_CODES).reshape(packed.shape[0], -1, BLOCK_SIZE // 2).any(axis=-1)
+    magnitudes = (packed & MAGNITUDE_CODES).reshape(packed.shape[0], -1, BLOCK_SIZE // 2)
+    return np.asarray(magnitudes.max(axis=-1, initial=0) == 0)
 
 
 def read_row_chunks(reader: CheckpointReader, entry: TensorEntry) -> Iterator[tuple[int, UInt8Array]]:

@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from omnifp4.checkpoint.dialects import Activations
+from omnifp4.convert.inspection import LinearState
 from omnifp4.convert.patient import Patient, Treatment
 from omnifp4.receipt.repair import Effect
 
@@ -19,8 +20,13 @@ def judge_inputs(patient: Patient, treatment: Treatment) -> None:
     treatment.activations = artifact.activations
     if artifact.activations is Activations.WIDE:
         return
-    modules = list(dict.fromkeys([*artifact.quantized_modules, *treatment.encoded_modules]))
-    scales = {m: s.input_scale for m, s in patient.states.items() if s.input_scale is not None}
+    modules = [m for m in artifact.quantized_modules if m not in treatment.widened]
+    modules = list(dict.fromkeys([*modules, *treatment.encoded_modules]))
+    scales = {
+        module: state.input_scale
+        for module, state in patient.states.items()
+        if state.input_scale is not None and _name(state) not in patient.changed
+    }
     if not scales:
         problem = "the config says W4A4, and no linear has an input scale"
         patient.ledger.mend("config.activations", "quantization_config", problem, "it says W4A16 now")
@@ -39,10 +45,15 @@ def judge_inputs(patient: Patient, treatment: Treatment) -> None:
         return
     for module, value in filled.items():
         treatment.input_scales[module] = value
-        problem = "it has no usable input scale: calibration sent it nothing"
+        problem = "it has no usable input scale"
         action = f"{value:.6g}, the largest among those of its layer, as engines take it"
         patient.ledger.mend("scales.input", module, problem, action, Effect.ESTIMATED)
     _reconcile(patient, treatment, scales | filled)
+
+
+def _name(state: LinearState) -> str:
+    entry = state.linear.input_scale
+    return entry.name if entry is not None else ""
 
 
 def _fill(patient: Patient, module: str, scales: dict[str, np.float32]) -> np.float32 | None:

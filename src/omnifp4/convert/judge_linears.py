@@ -41,13 +41,15 @@ def judge_linears(patient: Patient, treatment: Treatment, lost: list[TensorSpec]
             groups.setdefault(spec.scale_group or spec.module, []).append(spec.module)
     missing = {spec.module for spec in lost}
     for key, modules in groups.items():
-        problems = [Problem(m, "tensor.missing", "it is missing, and should be in NVFP4") for m in modules if m in missing]
+        problems = [
+            Problem(m, "tensor.missing", "it is missing, and should be in NVFP4") for m in modules if m in missing
+        ]
         states = [patient.states[module] for module in modules if module not in missing]
         for state in states:
             problems += list(_problems(patient, state))
         _restore_tensor_scales(patient, treatment, states, problems)
         problems += _compare(patient, treatment, states, problems)
-        disagree = len({state.tensor_scale for state in states if state.module not in treatment.tensor_scales}) > 1
+        disagree = len({treatment.restored.get(state.module, state.tensor_scale) for state in states}) > 1
         if not problems and not disagree:
             continue
         originals = _find_originals(patient, modules)
@@ -82,7 +84,7 @@ def _restore_tensor_scales(
             if recorded is None or sibling.tensor_scale is None or sibling.tensor_scale == state.tensor_scale:
                 continue
             if scalar_checksum(sibling.tensor_scale) == recorded:
-                treatment.tensor_scales[state.module] = sibling.tensor_scale
+                treatment.restored[state.module] = sibling.tensor_scale
                 problems[:] = [p for p in problems if (p.module, p.kind) != (state.module, "scales.tensor")]
                 patient.ledger.mend(
                     "scales.shared",
@@ -105,7 +107,7 @@ def _compare(
             continue
         tensor = patient.original.find_linear(state) if patient.original else None
         if patient.original is not None and tensor is not None:
-            fixed = treatment.tensor_scales.get(state.module)
+            fixed = treatment.restored.get(state.module)
             comparison = compare(patient.reader, state, patient.original, tensor, fixed)
             if not is_damaged(comparison.error, patient.original, tensor):
                 continue
@@ -116,13 +118,14 @@ def _compare(
                 clause = f"its relative squared error against the original is {comparison.error:.3g}"
                 found.append(Problem(state.module, "codes.wrong", clause))
             continue
-        parts = (state.linear.packed, state.linear.block_scale)
+        parts = [state.linear.packed, state.linear.block_scale]
+        if state.module not in treatment.restored:
+            parts.append(state.linear.tensor_scale)
         changed = [part.name for part in parts if part is not None and part.name in patient.changed]
-        if changed == [state.linear.packed.name]:
-            if swapped_checksum(patient.reader, state.linear.packed) == patient.changed[changed[0]]:
-                _swap(patient, treatment, state, "swapped back they have the checksum in omnifp4.json")
-                continue
-        if changed:
+        packed = state.linear.packed
+        if changed == [packed.name] and swapped_checksum(patient.reader, packed) == patient.changed[packed.name]:
+            _swap(patient, treatment, state, "swapped back they have the checksum in omnifp4.json")
+        elif changed:
             clause = f"the bytes of {' and '.join(changed)} are not those that omnifp4.json recorded"
             found.append(Problem(state.module, "tensor.checksum", clause))
     return found
@@ -170,7 +173,7 @@ def _encode_group(
             texts.append("its tensor scale is not that of the linears it is fused with")
         clause = "; ".join(texts) or "it shares its tensor scale with a damaged linear"
         patient.ledger.mend(kind, module, clause, "encoded anew from the original", Effect.RECOMPUTED)
-        treatment.tensor_scales.pop(module, None)
+        treatment.restored.pop(module, None)
         treatment.swapped.discard(module)
         treatment.mended.discard(module)
 
@@ -204,7 +207,9 @@ def _mend_or_fail(patient: Patient, treatment: Treatment, problem: Problem) -> N
                        "these weights were zero")  # fmt: skip
         effect = Effect.ESTIMATED
     if counts.nan_full:
-        actions.append(f"{counts.nan_full:,} NaN became the median scale of their row: a guess, for what they were is lost")
+        actions.append(
+            f"{counts.nan_full:,} NaN became the median scale of their row: a guess, for what they were is lost"
+        )
         effect = Effect.ESTIMATED
     ledger.mend(problem.kind, module, problem.clause, "; ".join(actions), effect)
 
@@ -212,7 +217,7 @@ def _mend_or_fail(patient: Patient, treatment: Treatment, problem: Problem) -> N
 def _reconcile(patient: Patient, treatment: Treatment, states: list[LinearState]) -> None:
     """Give all linears of a group the tensor scale that is the largest as a factor, so that none overflows."""
     dialect = patient.artifact.dialect
-    scales = {state.module: treatment.tensor_scales.get(state.module, state.tensor_scale) for state in states}
+    scales = {state.module: treatment.restored.get(state.module, state.tensor_scale) for state in states}
     stored = [scale for scale in scales.values() if scale is not None]
     shared = min(stored) if dialect.reciprocal else max(stored)
     said = ", ".join(f"{module.rpartition('.')[2]} {scale:.6g}" for module, scale in scales.items())

@@ -39,7 +39,9 @@ def judge_unreadable(
     """Shards that cannot be read: they matter if something is missing without them."""
     for shard, reason in unreadable.items():
         if not missing and shard not in weight_map.values():
-            patient.ledger.mend("shard.unreadable", shard, f"it cannot be read ({reason})", "left out: nothing needs it")
+            patient.ledger.mend(
+                "shard.unreadable", shard, f"it cannot be read ({reason})", "left out: nothing needs it"
+            )
         elif patient.original is not None:
             action = "left out; what was in it is made again from the original"
             patient.ledger.mend("shard.unreadable", shard, f"it cannot be read ({reason})", action, Effect.RECOMPUTED)

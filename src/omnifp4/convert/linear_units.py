@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from omnifp4.checkpoint.dialects import Activations, Dialect
+from omnifp4.checkpoint.dialects import Activations, Dialect, LinearEntries
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.convert.blocks import mend_block_scales, rescale, swap_nibbles
-from omnifp4.convert.inspection import LinearState, read_row_chunks, read_rows
+from omnifp4.convert.inspection import LinearState, read_row_chunks, read_rows, read_scalar
 from omnifp4.convert.writing import Tools
 from omnifp4.errors import CheckpointError
 from omnifp4.formats import fast_cpu
@@ -29,13 +29,13 @@ class MendUnit:
 
     Attributes:
         state: what its files hold.
-        dialect: of the artifact.
+        made_for: tensor scale, as stored, that its codes were made for.
         target_scale: tensor scale that it gets, as stored.
         swap: the two codes of each byte change places.
     """
 
     state: LinearState
-    dialect: Dialect
+    made_for: np.float32
     target_scale: np.float32
     swap: bool
 
@@ -51,7 +51,7 @@ class MendUnit:
     def run(self, tools: Tools) -> dict[str, Any]:
         """Write codes and block scales; ``errors`` has squared error and energy if they were rounded."""
         state, linear = self.state, self.state.linear
-        assert linear.block_scale is not None and state.tensor_scale is not None
+        assert linear.block_scale is not None
         packed_name, scale_name = linear.packed.name, linear.block_scale.name
         packed_crc = scale_crc = 0
         error = energy = 0.0
@@ -61,9 +61,9 @@ class MendUnit:
                 packed = swap_nibbles(packed)
             if state.counts.damaged:
                 packed, scales = mend_block_scales(packed, scales)
-            if state.tensor_scale != self.target_scale:
+            if self.made_for != self.target_scale:
                 packed, scales, more_error, more_energy = rescale(
-                    packed, scales, state.tensor_scale, self.target_scale, reciprocal=linear.reciprocal
+                    packed, scales, self.made_for, self.target_scale, reciprocal=linear.reciprocal
                 )
                 error, energy = error + more_error, energy + more_energy
             packed_crc = tools.writer.write(packed_name, packed, begin * packed.shape[1], packed_crc)
@@ -132,14 +132,53 @@ class EncodeUnit:
 
 
 @dataclass(frozen=True)
-class FetchUnit:
-    """A wide tensor of the original that stands inside a fused one there."""
+class DecodeUnit:
+    """A linear that is stored wide again, as BF16."""
 
+    linear: LinearEntries
+
+    @property
+    def target(self) -> str:
+        """Name of the wide weight."""
+        return f"{self.linear.module}.weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.linear.packed.shape[0], self.linear.packed.shape[1] * 2
+
+    @property
+    def name(self) -> str:
+        return f"decode:{self.linear.module}"
+
+    @property
+    def nbytes(self) -> int:
+        return self.linear.packed.nbytes
+
+    def run(self, tools: Tools) -> dict[str, Any]:
+        """Write the weights."""
+        linear, crc = self.linear, 0
+        scale = read_scalar(tools.reader, linear.tensor_scale)
+        assert linear.block_scale is not None and scale is not None
+        for begin, packed in read_row_chunks(tools.reader, linear.packed):
+            scales = read_rows(tools.reader, linear.block_scale, begin, begin + len(packed))
+            values = np.empty((packed.shape[0], self.shape[1]), dtype=np.uint16)
+            factors = fast_cpu.effective_scale(scales, scale, reciprocal=linear.reciprocal)
+            fast_cpu.decode_into(packed, factors, values)
+            crc = tools.writer.write(self.target, values, begin * self.shape[1] * 2, crc)
+        return {"crc": {self.target: crc}}
+
+
+@dataclass(frozen=True)
+class FetchUnit:
+    """A wide tensor of the original that stands inside a fused one there, under the name it gets."""
+
+    target: str
     tensor: SourceTensor
 
     @property
     def name(self) -> str:
-        return f"fetch:{self.tensor.spec.name}"
+        return f"fetch:{self.target}"
 
     @property
     def nbytes(self) -> int:
@@ -148,8 +187,7 @@ class FetchUnit:
     def run(self, tools: Tools) -> dict[str, Any]:
         """Write it."""
         assert tools.source is not None
-        name = self.tensor.spec.name
-        return {"crc": {name: tools.writer.write(name, self.tensor.read(tools.source))}}
+        return {"crc": {self.target: tools.writer.write(self.target, self.tensor.read(tools.source))}}
 
 
 def encode_rows(

@@ -14,8 +14,8 @@ from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.convert.inspection import LinearState, read_rows
 from omnifp4.convert.linear_units import encode_rows, source_rows
 from omnifp4.formats import fast_cpu
-from omnifp4.formats.reference import tensor_scale_for
 from omnifp4.formats.nvfp4 import ScaleRule
+from omnifp4.formats.reference import tensor_scale_for
 from omnifp4.models.source import Source, SourceTensor, match_source
 
 SUSPICIOUS_ERROR: Final = 0.015

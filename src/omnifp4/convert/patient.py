@@ -25,7 +25,7 @@ class Patient:
     Attributes:
         artifact: with the config as it will be, but for its quantization_config.
         reader: of its files.
-        states: what its linears hold.
+        states: what its linears hold that stay in NVFP4.
         changed: recorded checksum of every tensor that has other bytes than omnifp4.json says.
         original: the wide checkpoint, if one was given.
         estimate: lost numbers may be guessed.
@@ -48,19 +48,26 @@ class Treatment:
     Attributes:
         dropped: names of tensors that go.
         fetched: tensors copied from the original, by the name they get.
+        widened: modules that are in NVFP4 and become wide.
+        decoded: of them, those whose weights are decoded from the artifact.
         encoded: linears encoded from the original, by scale group.
         swapped: modules whose codes change places.
         mended: modules whose codes or block scales are written anew.
-        tensor_scales: new tensor scales as stored, by module.
+        restored: tensor scales, as stored, that the codes of a module were really made for.
+        tensor_scales: new tensor scales as stored, by module, where codes and block scales are fitted to them.
         input_scales: new input scales as stored, by module.
         activations: of the new config.
+        quantization_config: of the new config; empty where the old one stays.
     """
 
     dropped: set[str] = field(default_factory=set)
     fetched: dict[str, SourceTensor | TensorEntry] = field(default_factory=dict)
+    widened: set[str] = field(default_factory=set)
+    decoded: set[str] = field(default_factory=set)
     encoded: dict[str, tuple[SourceTensor, ...]] = field(default_factory=dict)
     swapped: set[str] = field(default_factory=set)
     mended: set[str] = field(default_factory=set)
+    restored: dict[str, np.float32] = field(default_factory=dict)
     tensor_scales: dict[str, np.float32] = field(default_factory=dict)
     input_scales: dict[str, np.float32] = field(default_factory=dict)
     activations: Activations = Activations.WIDE
@@ -70,4 +77,3 @@ class Treatment:
     def encoded_modules(self) -> dict[str, SourceTensor]:
         """The linears encoded from the original, by module."""
         return {tensor.spec.module: tensor for tensors in self.encoded.values() for tensor in tensors}
-

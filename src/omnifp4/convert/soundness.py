@@ -18,7 +18,9 @@ def require_convertible(artifact: Artifact, target: Dialect) -> None:
     """Raise unless there is an NVFP4 artifact of another form than `target`, with nothing of other precisions."""
     where = artifact.checkpoint.location
     if not artifact.linears:
-        raise CheckpointError(f"{where}: no linear is in NVFP4, so there is nothing to convert", hint="omnifp4 quantize")
+        raise CheckpointError(
+            f"{where}: no linear is in NVFP4, so there is nothing to convert", hint="omnifp4 quantize"
+        )
     claimed = artifact.claim.dialect if artifact.claim else artifact.dialect.name
     if artifact.dialect is target and claimed == target.name:
         raise RecipeError(f"{where}: is in the {target.name} dialect already")

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from omnifp4.formats import fast_cpu_decode, fast_cpu_encode, fast_cpu_panels
+from omnifp4.formats import fast_cpu_kernels as kernels
 from omnifp4.formats.nvfp4 import (
     BLOCK_SIZE,
     E4M3_VALUES,
@@ -43,7 +43,7 @@ __all__ = [
 
 UInt16Array = npt.NDArray[np.uint16]
 
-KINDS: Final = {"BF16": fast_cpu_panels.BF16, "F16": fast_cpu_panels.F16, "F32": fast_cpu_panels.F32}
+KINDS: Final = {"BF16": kernels.BF16, "F16": kernels.F16, "F32": kernels.F32}
 """Source dtypes, by the names that safetensors gives them."""
 
 _INFINITY_BITS: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
@@ -52,9 +52,9 @@ LARGEST_IN_TENSOR_SCALES: Final = 2.0**24
 """Largest magnitude in units of the tensor scale; beyond it float32 could not tell candidates apart."""
 
 _RULES: Final = {
-    ScaleRule.MAX: fast_cpu_encode.MAX_RULE,
-    ScaleRule.FOUR_OVER_SIX: fast_cpu_encode.FOUR_RULE,
-    ScaleRule.SWEEP: fast_cpu_encode.SWEEP_RULE,
+    ScaleRule.MAX: kernels.MAX_RULE,
+    ScaleRule.FOUR_OVER_SIX: kernels.FOUR_RULE,
+    ScaleRule.SWEEP: kernels.SWEEP_RULE,
 }
 
 
@@ -115,7 +115,7 @@ def source_bits(raw: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     if raw.ndim == 2 and not raw.flags.c_contiguous and raw.strides[0] == raw.itemsize:
         source = raw.T.view(width)
         target = np.empty(raw.shape, dtype=width)
-        fast_cpu_panels.transpose_bits(source, target)
+        kernels.transpose_bits(source, target)
         return target.reshape(-1)
     return np.ascontiguousarray(raw).reshape(-1).view(width)
 
@@ -124,16 +124,16 @@ def scan(raw: npt.NDArray[Any], dtype: str) -> Scan:
     """Largest magnitude and first NaN or infinity, at the speed of memory. Arguments as in `source_bits`."""
     bits = source_bits(raw, dtype)
     if dtype == "F32":
-        largest = int(fast_cpu_panels.largest_magnitude_bits_32(bits))
+        largest = int(kernels.largest_magnitude_bits_32(bits))
         amax = float(np.uint32(largest).view(np.float32))
     else:
-        largest = int(fast_cpu_panels.largest_magnitude_bits_16(bits))
+        largest = int(kernels.largest_magnitude_bits_16(bits))
         half = dtype == "F16"
         amax = float(np.uint16(largest).view(np.float16) if half else np.uint32(largest << 16).view(np.float32))
     infinity = _INFINITY_BITS[dtype]
     if largest < infinity:
         return Scan(amax, -1)
-    return Scan(amax, int(fast_cpu_panels.first_at_least(bits, bits.dtype.type(infinity))))
+    return Scan(amax, int(kernels.first_at_least(bits, bits.dtype.type(infinity))))
 
 
 def encode_into(
@@ -173,32 +173,23 @@ def encode_into(
     if not bits.size:
         return EncodeStats(0.0, 0.0)
     scale = np.float32(tensor_scale)
-    if importance is None:
-        error, energy, amax = fast_cpu_encode.encode_blocks(
-            bits, KINDS[dtype], _RULES[rule], scale, packed, block_scale
-        )
-    else:
+    factor = np.empty(0, dtype=np.float32)
+    if importance is not None:
         if importance.shape not in ((columns,), (1, columns), (rows, columns)):
             raise ValueError(f"importance has shape {importance.shape}; weight {raw.shape} needs [in] or [out, in]")
         factor = np.ascontiguousarray(importance, dtype=np.float32).reshape(-1)
         if not (np.isfinite(factor) & (factor >= 0)).all():
             raise ValueError("importance has values that are negative, NaN or infinite")
-        error, energy, amax = fast_cpu_encode.encode_blocks_weighted(
-            bits,
-            KINDS[dtype],
-            _RULES[rule],
-            scale,
-            factor,
-            columns if factor.size == columns else 0,
-            packed,
-            block_scale,
-        )
+    row_size = columns if factor.size == columns else 0
+    error, energy, amax = kernels.encode_blocks(
+        bits, KINDS[dtype], _RULES[rule], scale, factor, row_size, packed, block_scale
+    )
     if not np.isfinite(energy) or not amax <= LARGEST_IN_TENSOR_SCALES * float(scale):
         raise ValueError(f"the weight has NaN or infinite values, or tensor_scale {scale} is far too small for it")
     unit = float(scale) ** 2
     if amax < 2.0**-40 * float(scale):
         # Every code is zero, and squares would have underflowed.
-        energy = float(fast_cpu_encode.energy(bits, KINDS[dtype]))
+        energy = float(kernels.energy(bits, KINDS[dtype]))
         return EncodeStats(energy, energy)
     return EncodeStats(float(error) * unit, float(energy) * unit)
 
@@ -257,7 +248,7 @@ def decode_into(packed: UInt8Array, scale: Float32Array, out: Float32Array | UIn
         raise ValueError(f"packed {packed.shape} and scale {scale.shape} are not [out, in / 2] and [out, in / 16]")
     if out.shape != (rows, half * 2) or not out.flags.c_contiguous or out.dtype not in (np.float32, np.uint16):
         raise ValueError(f"out must be C-contiguous float32 or uint16 {(rows, half * 2)}; got {out.dtype} {out.shape}")
-    run = fast_cpu_decode.decode_float32 if out.dtype == np.float32 else fast_cpu_decode.decode_bf16
+    run = kernels.decode_float32 if out.dtype == np.float32 else kernels.decode_bf16
     run(np.ascontiguousarray(packed).reshape(-1), np.ascontiguousarray(scale).reshape(-1), out.reshape(-1))
 
 
@@ -294,7 +285,7 @@ def compare(
     if block_scale.shape != (raw.shape[0], raw.shape[1] // BLOCK_SIZE):
         raise ValueError(f"block_scale {block_scale.shape} is not [out, in / 16] of weight {raw.shape}")
     scale = effective_scale(block_scale, tensor_scale, reciprocal=reciprocal).reshape(-1)
-    error, energy, swapped, largest, nonfinite = fast_cpu_decode.compare_blocks(
+    error, energy, swapped, largest, nonfinite = kernels.compare_blocks(
         source_bits(raw, dtype), KINDS[dtype], np.ascontiguousarray(packed).reshape(-1), scale
     )
     magnitudes = block_scale & 0x7F
@@ -312,7 +303,7 @@ def compare(
 def bf16_bits(values: Float32Array) -> UInt16Array:
     """Round float32 to BF16 bits, nearest, ties to even: uint16 of the same shape."""
     bits = np.empty(values.shape, dtype=np.uint16)
-    fast_cpu_decode.narrow_bf16_array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1), bits.reshape(-1))
+    kernels.narrow_bf16_array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1), bits.reshape(-1))
     return bits
 
 

@@ -18,7 +18,6 @@ from omnifp4.formats.reference import tensor_scale_for
 BLOCKS_PER_PROGRAM = 128
 WARPS = 4
 BYTES_PER_PROGRAM = 2048
-VALUES_PER_PROGRAM = 16384
 
 _RULES = {
     ScaleRule.MAX: kernels.MAX_RULE,
@@ -77,7 +76,7 @@ def encode_cuda(
     *batch, rows, columns = weight.shape
     matrices = weight.reshape(-1, rows, columns).contiguous()
     count = matrices.shape[0]
-    amax = _amax(matrices)
+    amax = torch.linalg.vector_norm(matrices, ord=float("inf"), dim=(1, 2)).double().cpu()
     if not bool(torch.isfinite(amax).all()):
         raise ValueError("the weight has NaN or infinite values")
     if tensor_scale is None:
@@ -105,15 +104,6 @@ def encode_cuda(
         totals[:, 0].reshape(batch),
         totals[:, 1].reshape(batch),
     )
-
-
-def _amax(matrices: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of each matrix, NaN if it has one: float64 ``[E]`` on the CPU."""
-    count, size = matrices.shape[0], matrices[0].numel()
-    programs = triton.cdiv(size, VALUES_PER_PROGRAM)
-    largest = torch.empty((count, programs), dtype=torch.int32, device=matrices.device)
-    kernels.amax_kernel[(programs, count)](matrices, largest, size, VALUES=VALUES_PER_PROGRAM)
-    return largest.amax(dim=1).cpu().view(torch.float32).double()
 
 
 def launch_encode(

@@ -20,7 +20,7 @@ SWEEP_RULE = 2
 
 @triton.jit
 def e2m1_rounder(y):
-    """1.5 * 2**22 times the power of two under max(y, 1); see `fast_cpu_panels.e2m1_rounder`."""
+    """1.5 * 2**22 times the power of two under max(y, 1); see `fast_cpu_kernels.e2m1_rounder`."""
     power = tl.maximum(y, 1.0).to(tl.uint32, bitcast=True) & 0x7F800000
     return power.to(tl.float32, bitcast=True) * 6291456.0
 
@@ -104,16 +104,6 @@ def e2m1_code(value, x, scale, reciprocal, POWER_OF_TWO: tl.constexpr):
     steps = (y + rounder).to(tl.uint32, bitcast=True) - rounder.to(tl.uint32, bitcast=True)
     binade = (rounder.to(tl.uint32, bitcast=True) >> 23) - 149
     return (steps + binade + binade) | ((value.to(tl.uint32, bitcast=True) >> 28) & 8)
-
-
-@triton.jit
-def amax_kernel(weight_ptr, largest_ptr, size, VALUES: tl.constexpr):
-    """largest[matrix, program] = the largest magnitude among VALUES values, as float32 bits; NaN is the largest."""
-    matrix = tl.program_id(1).to(tl.int64)
-    index = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
-    wide = tl.load(weight_ptr + matrix * size + index, mask=index < size, other=0.0).to(tl.float32)
-    bits = wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.store(largest_ptr + matrix * tl.num_programs(0) + tl.program_id(0), tl.max(bits, axis=0))
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from omnifp4.receipt.base import package_version, this_environment
 from omnifp4.receipt.quantization import ComponentError, QuantizationReceipt, SourceRecord
 from omnifp4.report.model_card import model_card
 
+
 def run_job(
     job: Job,
     out: Path,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from pydantic import Field
+
 from omnifp4.receipt.base import RECEIPT_VERSION, Environment, Record
 
 
@@ -98,8 +100,8 @@ class RepairReceipt(Record):
     mended: tuple[Mend, ...]
     unmended: tuple[Unmended, ...]
     weight_bytes: int = 0
-    shards: dict[str, int] = {}
-    tensors: dict[str, int] = {}
+    shards: dict[str, int] = Field(default_factory=dict)
+    tensors: dict[str, int] = Field(default_factory=dict)
     resumed_units: int = 0
     seconds: float
     environment: Environment

@@ -37,7 +37,9 @@ def count_text(count: int) -> str:
 
 def plan_text(plan: PlanReceipt) -> RenderableType:
     """Components before and after, sizes, and what stays wide and why."""
-    table = Table(title=Text(f"{plan.model_type}: {plan.model}"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(f"{plan.model_type}: {plan.model}"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for column in ("component", "scheme"):
         table.add_column(column, no_wrap=True)
     for column in ("tensors", "parameters", "before", "after"):
@@ -53,7 +55,10 @@ def plan_text(plan: PlanReceipt) -> RenderableType:
         "all", f"{plan.fp4_share:.1%} FP4", f"{plan.tensors:,}", count_text(plan.parameters),
         size_text(plan.weight_bytes_before), size_text(plan.weight_bytes_after),
     )  # fmt: skip
-    lines = ["What stays wide, and why:", *(f"- {', '.join(names)}: {reason}" for reason, names in _reasons(plan).items())]
+    lines = [
+        "What stays wide, and why:",
+        *(f"- {', '.join(names)}: {reason}" for reason, names in _reasons(plan).items()),
+    ]
     wide = plan.output_format == "fake-quant"
     saved = "nothing shrinks" if wide else f"{plan.weight_bytes_before / plan.weight_bytes_after:.2f}x smaller"
     lines += [
@@ -136,7 +141,9 @@ def conversion_text(receipt: ConversionReceipt, out: str) -> RenderableType:
         "so that weights decode alike",
     ]
     if receipt.rounding_differs:
-        lines.append(f"{len(receipt.rounding_differs):,} linears have weights that decode to the neighbouring BF16 number")
+        lines.append(
+            f"{len(receipt.rounding_differs):,} linears have weights that decode to the neighbouring BF16 number"
+        )
     return Text("\n".join([*lines, *(f"note: {note}" for note in receipt.notes)]))
 
 

@@ -45,7 +45,11 @@ def fill(model: nn.Module, checkpoint: Checkpoint, placement: Placement, scales:
     _materialize(model, placement, options.device)
     work = list(_work(model, placement, scales))
     options.progress.expect(sum(piece.entry.nbytes for pieces in work for piece in pieces))
-    with CheckpointReader(checkpoint) as reader, ThreadPoolExecutor(options.threads) as pool:
+    with (
+        CheckpointReader(checkpoint) as reader,
+        ThreadPoolExecutor(options.threads, "omnifp4-read") as pool,
+        options.progress.running(),
+    ):
         memory = threading.local()
         for _ in pool.map(lambda pieces: _fill_pieces(reader, pieces, options, memory), work):
             pass
@@ -115,8 +119,9 @@ def _set(buffer: Tensor | None, values: list[Any]) -> None:
 
 
 def _fill_pieces(reader: CheckpointReader, pieces: list[Piece], options: LoadOptions, memory: threading.local) -> None:
+    folder = reader.checkpoint.location
     for piece in pieces:
-        with options.progress.reading(piece.entry.shard, piece.entry.name, piece.entry.nbytes):
+        with options.progress.reading(f"{folder}/{piece.entry.shard}", piece.entry.name, piece.entry.nbytes):
             if piece.into.device.type == "cpu":
                 reader.read_into(piece.entry, piece.into.view(-1).numpy())
             else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from omnifp4.checkpoint.folder import Checkpoint
 from omnifp4.runtime.progress import LoadProgress
 
 
@@ -21,12 +22,14 @@ class LoadOptions:
         device: where packed weights go; None leaves it to Transformers' ``device_map``.
         progress: is told of every tensor that is read.
         threads: readers at work at once.
+        checkpoint: what is being loaded, where `load` has opened it; else Transformers' own files are opened.
     """
 
     backend: str = "auto"
     device: torch.device | None = None
     progress: LoadProgress = field(default_factory=LoadProgress)
     threads: int = 4
+    checkpoint: Checkpoint | None = None
 
 
 _current: ContextVar[LoadOptions | None] = ContextVar("omnifp4_load_options", default=None)

@@ -51,7 +51,8 @@ class Placement:
 
     Attributes:
         linears, experts: what becomes packed modules.
-        packed_names: every tensor on disk that belongs to them, or to parts that the model was built without.
+        packed_names: every tensor on disk that belongs to them, or to parts that the model was built without: what
+            Transformers' own loader shall not see.
         cache_scales: see `CACHE_SCALE`.
     """
 
@@ -106,6 +107,7 @@ def place(model: nn.Module, tensors: Mapping[str, TensorEntry], renaming: Renami
     layers = tuple(_experts_place(model, name, found, renaming, subject) for name, found in experts.items())
     scales = tuple(entry for name, entry in tensors.items() if CACHE_SCALE.search(name) and name not in names)
     names.update(entry.name for entry in scales)
+    names.update(name for name in tensors if renaming.is_left_out(name))
     _check_orphans(tensors, names, subject)
     return Placement(tuple(linears), layers, frozenset(names), scales)
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from omnifp4.checkpoint.dialects import Activations
 from omnifp4.checkpoint.folder import Checkpoint, open_checkpoint
-from omnifp4.errors import CheckpointError, ModelError, OmniFP4Error
+from omnifp4.errors import CheckpointError, OmniFP4Error
 from omnifp4.models import KNOWN_MODEL_TYPES
 from omnifp4.runtime.claim import NVFP4CheckpointConfig, check_algorithm
 from omnifp4.runtime.filling import fill
@@ -28,7 +29,7 @@ from omnifp4.runtime.options import current_options
 from omnifp4.runtime.packed import NVFP4Linear, PackedExperts, PackedModule
 from omnifp4.runtime.placement import Placement, place, replace_module
 from omnifp4.runtime.saving import saved_tensors
-from omnifp4.runtime.scales import read_scales
+from omnifp4.runtime.scales import Scales, read_scales
 
 logger = logging.getLogger("omnifp4")
 
@@ -46,15 +47,18 @@ def tell_once(message: str) -> None:
 
 
 class HidePacked(WeightRenaming):  # type: ignore[misc]
-    """A renaming that gives all packed tensors one name that no model has, so that they are left alone."""
+    """A renaming that gives all packed tensors one name that no model has, so that they are left alone.
 
-    def __init__(self, names: frozenset[str]) -> None:
+    Wide tensors under names that Transformers does not know get those that it knows.
+    """
+
+    def __init__(self, names: frozenset[str], aliases: Mapping[str, str]) -> None:
         super().__init__(source_patterns="^omnifp4-matches-nothing$", target_patterns=HIDDEN_NAME)
-        self._names = names
+        self._names, self._aliases = names, aliases
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """See `WeightRenaming.rename_source_key`."""
-        return (HIDDEN_NAME if source_key in self._names else source_key), None
+        return (HIDDEN_NAME if source_key in self._names else self._aliases.get(source_key, source_key)), None
 
 
 class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
@@ -73,6 +77,9 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
         self._checkpoint: Checkpoint | None = None
         self._placement: Placement | None = None
         self._conversions: list[Any] | None = None
+        self._scales: Scales = {}
+        self._aliases: Mapping[str, str] = {}
+        self._unexpected: Any = None
         self._compute_dtype: torch.dtype | None = None
 
     # Hooks in the order in which Transformers calls them.
@@ -107,24 +114,20 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """See `HfQuantizer.update_dtype`: what is not packed, and what packed weights are unpacked to."""
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise OmniFP4Error(
-                f"dtype {str(dtype).removeprefix('torch.')} was asked for, but the weights are NVFP4 made from BF16, and "
-                "casting a quantized checkpoint gains nothing and may overflow",
-                hint="use dtype='auto'; torch.bfloat16, or torch.float32 on a CPU, are allowed",
-            )
+        check_dtype(dtype)
         self._compute_dtype = dtype
         return dtype
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
-        checkpoint = _open(checkpoint_files)
+        checkpoint = current_options().checkpoint or _open(checkpoint_files)
         renaming = Renaming(model)
         placement = place(model, checkpoint.tensors, renaming, checkpoint.location)
         packed = [f"{item.module}.weight" for item in placement.linears]
         packed += [f"{item.module}.{part}" for item in placement.experts for part in ("gate_up_proj", "down_proj")]
         renaming.check_wide(checkpoint.tensors, placement.packed_names, packed, checkpoint.location)
+        self._aliases = renaming.aliases
         self._scales = read_scales(checkpoint, placement)
         self._swap(model, placement)
         self._unexpected = model._keys_to_ignore_on_load_unexpected
@@ -163,7 +166,7 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """See `HfQuantizer.update_weight_conversions`."""
         assert self._placement is not None
-        return [HidePacked(self._placement.packed_names), *weight_conversions]
+        return [HidePacked(self._placement.packed_names, self._aliases), *weight_conversions]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """See `HfQuantizer.get_new_dtype` (Transformers 5.21 and later): wide tensors are cast as in any model."""
@@ -185,6 +188,10 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
         self._conversions = [entry for entry in used if not isinstance(entry, HidePacked)]
         # `get_state_dict_and_metadata` gives names as they are on disk.
         model._weight_conversions = []
+        for name, part in model.named_modules():
+            if name and isinstance(part, PreTrainedModel) and any(isinstance(m, PackedModule) for m in part.modules()):
+                # Else saving the part alone would write packed weights under names that nothing reads.
+                part.hf_quantizer = PartOfPacked(self.quantization_config)
         mend_talker(model)
         return model
 
@@ -193,7 +200,9 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """See `HfQuantizer.get_state_dict_and_metadata`."""
         assert self._checkpoint is not None and self._placement is not None
-        return saved_tensors(model, self._checkpoint, self._placement, self._conversions), {}
+        tensors = saved_tensors(model, self._checkpoint, self._placement, self._conversions)
+        on_disk = {alias: name for name, alias in self._aliases.items()}
+        return {on_disk.get(name, name): value for name, value in tensors.items()}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """See `HfQuantizer.is_serializable`."""
@@ -203,6 +212,32 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """See `HfQuantizer.is_trainable`."""
         return False
+
+
+class PartOfPacked(HfQuantizer):  # type: ignore[misc]
+    """Stands in a part of a packed model, which cannot be saved alone."""
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """See `HfQuantizer.is_serializable`."""
+        raise OmniFP4Error(
+            "a part of a packed model cannot be saved alone",
+            hint="save the whole model; Transformers' class of the part loads from it",
+        )
+
+    @property
+    def is_trainable(self) -> bool:
+        """See `HfQuantizer.is_trainable`."""
+        return False
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse a compute dtype that packed weights are not for."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise OmniFP4Error(
+            f"dtype {str(dtype).removeprefix('torch.')} was asked for, but this checkpoint is quantized: its weights are "
+            "NVFP4, unpacked to BF16; another dtype saves no memory, and float16 may overflow",
+            hint="use dtype='auto'; torch.bfloat16 and torch.float32 are also allowed",
+        )
 
 
 def _open(files: Sequence[str] | None) -> Checkpoint:
@@ -223,6 +258,3 @@ def mend_talker(model: Any) -> None:
         return
     if getattr(talker.config, "audio_config", None) is None and getattr(thinker.config, "audio_config", None) is not None:
         talker.config.audio_config = thinker.config.audio_config
-
-
-__all__ = ["ModelError", "NVFP4Quantizer", "mend_talker"]

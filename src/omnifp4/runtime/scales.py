@@ -19,6 +19,9 @@ from omnifp4.runtime.placement import Placement
 QKV: Final = re.compile(r"(.*\.self_attn)\.[qkv]_proj$")
 GATE_UP: Final = re.compile(r"(.*)\.(?:gate|up)_proj$")
 
+NEVER_FUSED: Final = ("audio_tower.", "visual.", "code2wav.")
+"""Parts whose projections no engine fuses."""
+
 Scales = Mapping[str, float]
 """The float32 value of each one-value tensor, by name."""
 
@@ -53,7 +56,7 @@ def _check_shared(sources: Iterable[LinearEntries], scales: Scales, subject: str
     for source in sources:
         match = QKV.fullmatch(source.module) or GATE_UP.fullmatch(source.module)
         entry = source.tensor_scale
-        if match is None or entry is None:
+        if match is None or entry is None or any(part in source.module for part in NEVER_FUSED):
             continue
         other = first.setdefault(match[1], entry)
         if scales[other.name] != scales[entry.name]:

@@ -130,7 +130,7 @@ def _judge_modelopt(found: Findings, claim: QuantizationClaim, subject: Subject)
 def _judge_compressed_tensors(found: Findings, claim: QuantizationClaim) -> None:
     raw = claim.raw
     form = raw.get("format")
-    group_forms = {group.get("format") for _, group in _groups(raw)} - {None}
+    group_forms = [group.get("format") for _, group in _groups(raw)]
     found.passed = f"compressed-tensors, {CT_FORMATS[0]}, {claim.activations.value}"
     if form not in CT_FORMATS or (form == CT_FORMATS[1] and CT_FORMATS[0] not in group_forms):
         found.add(f"format {form!r} is not {CT_FORMATS[0]}")

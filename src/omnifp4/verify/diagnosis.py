@@ -1,4 +1,4 @@
-"""Why a dequantized weight is far from its original: swapped nibbles, a wrong tensor scale, another tensor's values."""
+"""Why a dequantized weight is far from its original: a wrong tensor scale, or the values of another tensor."""
 
 from __future__ import annotations
 
@@ -27,19 +27,15 @@ Find = Callable[[str], SourceTensor | None]
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A linear whose values are wrong."""
+    """A linear whose values are wrong, and the relative squared error that they should have."""
 
     linear: LinearEntries
-    error: float
     expected: float
-    swapped: float
 
 
 def diagnose(suspect: Suspect, find: Find, subject: Subject, readers: tuple[CheckpointReader, CheckpointReader]) -> str:
     """The cause, as an ending for the finding; empty if none of the known ones explains it."""
     good = EXPLAINED * suspect.expected
-    if suspect.swapped < good:
-        return ": the two codes of every byte are swapped"
     module = suspect.linear.module
     decoded = _decoded(suspect.linear, readers[0])
     if decoded is None or not np.isfinite(decoded).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import numpy as np
@@ -10,10 +11,14 @@ import numpy.typing as npt
 from omnifp4.checkpoint.dtypes import NUMPY_DTYPES, WIDE_FLOATS
 from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.reader import CheckpointReader
-from omnifp4.formats.nvfp4 import BLOCK_SIZE, E2M1_MAGNITUDES
+from omnifp4.formats.nvfp4 import BLOCK_SIZE, E2M1_MAGNITUDES, EXPECTED_RELATIVE_ERROR, ScaleRule
+from omnifp4.models import Part
+from omnifp4.models.source import Source, SourceTensor
+from omnifp4.receipt.verification import TensorError
 from omnifp4.verify.findings import Findings
 from omnifp4.verify.reading import Buffers, Meter, batches, in_threads
 from omnifp4.verify.subject import Subject, is_readable
+from omnifp4.verify.values import MOST_WORST, REFUSED, SourceNames, ValueResult, finite, original_panels
 
 ROUNDING: Final = 2.0**-7
 """Room for the rounding of value and scale to BF16."""
@@ -21,23 +26,25 @@ ROUNDING: Final = 2.0**-7
 PANEL_BLOCKS: Final = 1 << 16
 
 
+def rounded_names(subject: Subject) -> list[str]:
+    """The weights that a fake-quant checkpoint should have rounded: those its receipt names, or the default recipe's."""
+    stated = (subject.receipt or {}).get("decisions")
+    names = set(stated) if isinstance(stated, dict) else set()
+    found = []
+    for spec in subject.layout.tensors:
+        default = is_readable(spec) and spec.component.part is Part.THINKER
+        entry = subject.checkpoint.tensors.get(spec.name)
+        if entry is None or not spec.is_linear or not (spec.name in names if names else default):
+            continue
+        if entry.dtype in WIDE_FLOATS and entry.shape == spec.shape and entry.shape[-1] % BLOCK_SIZE == 0:
+            found.append(spec.name)
+    return found
+
+
 def check_fake(subject: Subject, reader: CheckpointReader, threads: int, meter: Meter) -> Findings:
     """``fp4.fake``: every block of 16 lies on the grid of E2M1 under some scale."""
     found = Findings("fp4.fake", "fake-quant: every value is one that NVFP4 can hold", fix="quantize again")
-    stated = (subject.receipt or {}).get("decisions")
-    names = set(stated) if isinstance(stated, dict) else set()
-    specs = [
-        spec
-        for spec in subject.layout.tensors
-        if spec.is_linear and (spec.name in names if names else is_readable(spec))
-    ]
-    entries = [
-        entry
-        for spec in specs
-        if (entry := subject.checkpoint.tensors.get(spec.name)) is not None
-        and entry.dtype in WIDE_FLOATS
-        and entry.shape[-1] % BLOCK_SIZE == 0
-    ]
+    entries = [subject.checkpoint.tensors[name] for name in rounded_names(subject)]
     if not entries:
         found.unchecked = "no linear was found that should be rounded"
         return found
@@ -60,6 +67,57 @@ def check_fake(subject: Subject, reader: CheckpointReader, threads: int, meter: 
     return found
 
 
+def check_fake_values(
+    subject: Subject, source: Source, readers: tuple[CheckpointReader, CheckpointReader], threads: int, meter: Meter
+) -> ValueResult:
+    """``values.error`` of a fake-quant checkpoint: each rounded weight against what the format allows."""
+    found = Findings("values.error", "rounded weights are near their originals", fix="quantize again")
+    names, buffers = SourceNames(source), Buffers()
+    bound = REFUSED * EXPECTED_RELATIVE_ERROR[ScaleRule.MAX]
+    pairs = [
+        (subject.checkpoint.tensors[name], original)
+        for name in rounded_names(subject)
+        if (original := names.find(name)) is not None and original.spec.shape == subject.checkpoint.tensors[name].shape
+    ]
+
+    def look(pair: tuple[TensorEntry, SourceTensor]) -> tuple[str, float, float, float]:
+        entry, original = pair
+        error = energy = largest = 0.0
+        dtype = NUMPY_DTYPES[entry.dtype]
+        for first, raw in original_panels(original, readers[1], buffers):
+            mine = buffers.take("mine", raw.size * dtype.itemsize)
+            readers[0].read_into(entry, mine, first * entry.shape[1] * dtype.itemsize)
+            wide = widened(raw, original.entry.dtype).reshape(-1)
+            with np.errstate(all="ignore"):
+                difference = (widened(mine.view(dtype), entry.dtype) - wide).astype(np.float64)
+                error += float(difference @ difference)
+                energy += float(np.square(wide, dtype=np.float64).sum())
+                largest = max(largest, float(np.abs(difference).max(initial=0.0)))
+            meter.add(2 * raw.nbytes, "values")
+        return entry.name, error, energy, largest
+
+    results = list(in_threads(look, pairs, threads))
+    errors = {name: error / energy if energy else (math.inf if error else 0.0) for name, error, energy, _ in results}
+    for name, error in errors.items():
+        if not error <= bound:
+            found.add(f"{name}: relative squared error {error:.3g}")
+    energy = math.fsum(result[2] for result in results)
+    total = math.fsum(result[1] for result in results) / energy if energy else 0.0
+    found.passed = f"{len(results):,} linears, relative squared error {total:.3g}"
+    found.failed = f"{found.count:,} of {len(results):,} linears are not what their originals become"
+    if not results:
+        found.unchecked = "no rounded linear could be joined to an original"
+    worst = sorted(results, key=lambda result: -errors[result[0]])[:MOST_WORST]
+    return ValueResult(
+        found,
+        total if results and math.isfinite(total) else None,
+        tuple(
+            TensorError(name=name, relative_squared_error=finite(errors[name]), max_abs_error=finite(largest))
+            for name, _, _, largest in worst
+        ),
+    )
+
+
 def _off_grid(entry: TensorEntry, reader: CheckpointReader, buffers: Buffers) -> int:
     dtype = NUMPY_DTYPES[entry.dtype]
     step = PANEL_BLOCKS * BLOCK_SIZE * dtype.itemsize
@@ -72,9 +130,14 @@ def _off_grid(entry: TensorEntry, reader: CheckpointReader, buffers: Buffers) ->
 
 
 def _magnitudes(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    return np.abs(widened(bits, dtype)).reshape(-1, BLOCK_SIZE)
+
+
+def widened(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """Bits of a wide float as float32."""
     if dtype == "BF16":
-        bits = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return np.abs(bits.astype(np.float32)).reshape(-1, BLOCK_SIZE)
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return bits.astype(np.float32)
 
 
 def blocks_on_grid(blocks: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:

@@ -147,9 +147,12 @@ def check_side_files(subject: Subject, source: Checkpoint | None) -> Findings:
         path = subject.folder / name
         if not path.is_file() and name in DISPENSABLE:
             found.notes.append(f"{name} of the source is not here: engines fall back to their defaults")
-        elif not path.is_file():
+        elif not path.is_file() and subject.receipt is not None:
             found.add(f"{name}: in the source, not here")
-        elif path.read_bytes() != (source.folder / name).read_bytes():
+        elif not path.is_file():
+            # Other tools save a tokenizer or processor anew, under other names (vocab.json becomes tokenizer.json).
+            found.notes.append(f"{name} of the source is not here")
+        elif not _same_bytes(path, source.folder / name):
             changed.append(name)
             if problem := _unreadable(path):
                 found.add(problem)
@@ -169,6 +172,13 @@ def _side_files(folder: Path) -> Iterator[str]:
                 yield safe_path(folder, path.name).name
             except CheckpointError:
                 continue
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    try:
+        return one.read_bytes() == other.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 def _unreadable(path: Path) -> str:

@@ -17,6 +17,8 @@ from omnifp4.verify import claims, completeness, coverage, fake, files, ignoring
 from omnifp4.verify.findings import Findings
 from omnifp4.verify.reading import Meter, Progress, default_threads
 from omnifp4.verify.subject import FAKE_QUANT, Subject, read_subject
+from omnifp4.verify.untouched import check_untouched
+from omnifp4.verify.values import check_values
 
 
 def verify(
@@ -58,17 +60,17 @@ class _Proof:
         self.error: float | None = None
         self.worst: tuple[TensorError, ...] = ()
         self._meter = Meter(progress, _bytes_to_read(subject, source))
+        self._wide_on_purpose = subject.is_fake_quant and not subject.fp4 and not subject.claims
 
     def checks(self) -> Iterator[Findings]:
         subject = self.subject
         taken = taking.read_taking(subject)
         complete, sound = completeness.check_tensors(subject)
-        wide_on_purpose = subject.is_fake_quant and not subject.fp4 and not subject.claims
-        if not wide_on_purpose:
+        if not self._wide_on_purpose:
             yield claims.check_place(subject)
             yield claims.check_scheme(subject)
         yield complete
-        if not wide_on_purpose:
+        if not self._wide_on_purpose:
             yield coverage.check_present(subject, taken)
             yield coverage.check_coverage(subject)
             yield coverage.check_ratio(subject, taken)
@@ -80,7 +82,7 @@ class _Proof:
         with ExitStack() as stack:
             reader = stack.enter_context(CheckpointReader(subject.checkpoint))
             values = scales.read_scales(subject, sound, reader, self.threads, self._meter)
-            if wide_on_purpose:
+            if self._wide_on_purpose:
                 yield fake.check_fake(subject, reader, self.threads, self._meter)
             else:
                 yield scales.check_finite(subject, values)
@@ -104,14 +106,15 @@ class _Proof:
             ):
                 yield Findings(name, title, unchecked="needs --against, the wide checkpoint it was made from")
             return
-        from omnifp4.verify.untouched import check_untouched
-        from omnifp4.verify.values import check_values
-
         readers = (reader, stack.enter_context(CheckpointReader(self.source.checkpoint)))
-        result = check_values(self.subject, sound, values, self.source, readers, self.threads, self._meter)
+        rounded = set(fake.rounded_names(self.subject)) if self._wide_on_purpose else set()
+        if self._wide_on_purpose:
+            result = fake.check_fake_values(self.subject, self.source, readers, self.threads, self._meter)
+        else:
+            result = check_values(self.subject, sound, values, self.source, readers, self.threads, self._meter)
         self.error, self.worst = result.error, result.worst
         yield result.findings
-        yield check_untouched(self.subject, self.source, readers, self.threads, self._meter)
+        yield check_untouched(self.subject, rounded, self.source, readers, self.threads, self._meter)
 
 
 def _bytes_to_read(subject: Subject, source: Source | None) -> int:

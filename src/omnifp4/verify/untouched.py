@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from omnifp4.checkpoint.header import TensorEntry
@@ -14,16 +16,21 @@ from omnifp4.verify.values import REQUANTIZE, SourceNames
 
 
 def check_untouched(
-    subject: Subject, source: Source, readers: tuple[CheckpointReader, CheckpointReader], threads: int, meter: Meter
+    subject: Subject,
+    rounded: Collection[str],
+    source: Source,
+    readers: tuple[CheckpointReader, CheckpointReader],
+    threads: int,
+    meter: Meter,
 ) -> Findings:
-    """``values.untouched``: what is not FP4 has the type and the bytes of the source."""
+    """``values.untouched``: what is not FP4 has the type and the bytes of the source; `rounded` are those of a fake-quant checkpoint."""
     found = Findings("values.untouched", "untouched tensors are bit-identical", fix=REQUANTIZE)
     names, tensors = SourceNames(source), subject.checkpoint.tensors
     pairs: list[tuple[TensorEntry, SourceTensor | TensorEntry]] = []
     unmatched = 0
     for name in tensors:
         is_codes = name.endswith(".weight") and name.removesuffix(".weight") in subject.fp4
-        if name not in subject.layout.by_name or is_codes:
+        if name not in subject.layout.by_name or is_codes or name in rounded:
             continue
         original = names.find(name)
         if original is None:

@@ -17,7 +17,7 @@ from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.formats.nvfp4 import BLOCK_SIZE, EXPECTED_RELATIVE_ERROR, ScaleRule
 from omnifp4.models.source import Source, SourceTensor
 from omnifp4.receipt.verification import TensorError
-from omnifp4.verify.diagnosis import Suspect, diagnose
+from omnifp4.verify.diagnosis import EXPLAINED, Suspect, diagnose
 from omnifp4.verify.findings import Findings
 from omnifp4.verify.reading import PANEL_BYTES, Buffers, Meter, batches, in_threads
 from omnifp4.verify.scales import ScaleValues
@@ -110,8 +110,10 @@ def check_values(
     pairs: list[tuple[LinearEntries, SourceTensor]] = []
     for module, linear in subject.fp4.items():
         original = names.find(f"{module}.weight")
-        if original is not None and module in sound and original.spec.shape[-1] == linear.packed.shape[1] * 2:
-            pairs.append((linear, original))
+        if original is not None and module in sound:
+            rows, half = linear.packed.shape
+            if original.spec.shape == (rows, 2 * half):
+                pairs.append((linear, original))
     left_out = len(subject.fp4) - len(pairs)
     if not pairs:
         found.unchecked = "no FP4 linear could be joined to an original"
@@ -139,16 +141,17 @@ def check_values(
         tuple(
             TensorError(
                 name=f"{result.module}.weight",
-                relative_squared_error=_finite(result.error),
-                max_abs_error=_finite(result.max_abs_error),
+                relative_squared_error=finite(result.error),
+                max_abs_error=finite(result.max_abs_error),
             )
             for result in worst
         ),
     )
 
 
-def _finite(value: float) -> float:
-    return min(value, float(np.finfo(np.float64).max))
+def finite(value: float) -> float:
+    """For the receipt, which is JSON and knows no infinity; NaN becomes the largest number too."""
+    return value if math.isfinite(value) else float(np.finfo(np.float64).max)
 
 
 def _comparer(
@@ -233,14 +236,18 @@ def _judge(
     recorded = stated if isinstance(stated, dict) else {}
     bad = [r for r in results if r.nonfinite or not r.error <= REFUSED * r.expected]
     bad.sort(key=lambda r: (-r.nonfinite, -r.error))
+    swapped = 0
     for number, result in enumerate(bad):
         name = f"{result.module}.weight"
         if result.nonfinite:
             found.add(f"{name}: {result.nonfinite:,} values are NaN or infinite, here or in the original")
             continue
         reason = ""
-        if number < MOST_DIAGNOSED:
-            suspect = Suspect(subject.linears[result.module], result.error, result.expected, result.swapped)
+        if result.swapped < EXPLAINED * result.expected:
+            swapped += 1
+            reason = ": the two codes of every byte are swapped"
+        elif number < MOST_DIAGNOSED:
+            suspect = Suspect(subject.linears[result.module], result.expected)
             reason = diagnose(suspect, names.find, subject, readers)
         found.add(f"{name}: relative squared error {result.error:.3g}, max scaling gives {result.expected:.3g}{reason}")
     refused = {result.module for result in bad}
@@ -252,6 +259,8 @@ def _judge(
             found.add(
                 f"{result.module}.weight: relative squared error {result.error:.4g}, {RECEIPT_NAME} says {said:.4g}"
             )
+    if swapped:
+        found.notes.append(f"{swapped:,} have the two codes of every byte swapped")
     noted = sum(result.error > NOTED * result.expected for result in results) - len(bad)
     if noted > 0:
         found.notes.append(f"{noted:,} err more than {NOTED} times as much as max scaling, as calibrated methods may")

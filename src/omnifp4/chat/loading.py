@@ -1,0 +1,81 @@
+"""A model and its processor, from a path or from what the caller has loaded."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omnifp4.chat.errors import ChatError, need
+from omnifp4.chat.speech import mend_talker
+
+
+def open_model(model: Any, processor: Any, *, device: str | None, speech: bool) -> tuple[Any, Any]:
+    """Loads what is not loaded.
+
+    Args:
+        model: a folder or Hub id, or a loaded ``Qwen3OmniMoeForConditionalGeneration``.
+        processor: the checkpoint's; None reads it from where the model came from.
+        device: to load to; None chooses.
+        speech: load the talker too.
+
+    Raises:
+        ChatError: not an omni model, or its processor cannot be found.
+    """
+    if isinstance(model, str | os.PathLike):
+        processor = processor if processor is not None else open_processor(os.fspath(model))
+        model = _load(os.fspath(model), device, speech)
+    if not hasattr(model, "thinker"):
+        raise ChatError(
+            f"{type(model).__name__} is not an omni model: it has no thinker",
+            hint="load it with omnifp4.load or Qwen3OmniMoeForConditionalGeneration, not with AutoModelForCausalLM",
+        )
+    if processor is None:
+        origin = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
+        if not origin:
+            raise ChatError("the model does not say where it came from", hint="give its processor too: processor=…")
+        processor = open_processor(origin)
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "feature_extractor"):
+        raise ChatError(
+            f"{type(processor).__name__} is not an omni model's processor",
+            hint="Qwen3OmniMoeProcessor, not a tokenizer",
+        )
+    model.eval()
+    mend_talker(model)
+    return model, processor
+
+
+def open_processor(origin: str) -> Any:
+    """The processor of a checkpoint.
+
+    Raises:
+        ChatError: a library that it needs is missing, or its files are.
+    """
+    _prepare_torchvision()
+    transformers = need("transformers", "chat")
+    need("torchvision", "the processor's video part")
+    try:
+        return transformers.AutoProcessor.from_pretrained(origin)
+    except (OSError, ValueError, ImportError) as error:
+        raise ChatError(f"cannot read the processor of {origin}: {error}", hint="omnifp4 doctor MODEL") from error
+
+
+def _load(origin: str, device: str | None, speech: bool) -> Any:
+    if find_spec("omnifp4.runtime") is not None:
+        loaded = import_module("omnifp4.runtime").load(origin, device=device, dtype="auto", speech=speech)
+        return loaded[0] if isinstance(loaded, tuple) else loaded
+    transformers = need("transformers", "chat")
+    if not Path(origin).is_dir():
+        raise ChatError(f"{origin!r} is no folder")
+    model = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(origin, dtype="auto", device_map=device)
+    if not speech:
+        model.disable_talker()
+    return model
+
+
+def _prepare_torchvision() -> None:
+    name = "omnifp4.runtime.torchvision_on_cpu"
+    if find_spec("omnifp4.runtime") is not None and find_spec(name) is not None:
+        import_module(name).declare_missing_operators()
