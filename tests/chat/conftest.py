@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -10,47 +9,24 @@ from typing import Any
 
 import pytest
 
-from omnifp4.tiny import write_tiny_omni
-
-TESTS = Path(__file__).parent.parent
-
-
-def _declare_torchvision() -> None:
-    """torchvision beside a CPU build of torch; from the package, or from the tests as long as it lives there."""
-    if importlib.util.find_spec("omnifp4.runtime") is not None:
-        name = "omnifp4.runtime.torchvision_on_cpu"
-        if importlib.util.find_spec(name) is not None:
-            importlib.import_module(name).declare_missing_operators()
-            return
-    path = TESTS / "tiny" / "torchvision_on_cpu.py"
-    if path.is_file():
-        spec = importlib.util.spec_from_file_location("torchvision_on_cpu_for_chat", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.declare_missing_operators()
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_omni(tmp_path_factory.mktemp("chat") / "omni")
-
 
 @pytest.fixture(scope="session")
 def transformers() -> Any:
     pytest.importorskip("torch", reason="torch is not installed")
-    _declare_torchvision()
+    from omnifp4.runtime.torchvision_on_cpu import declare_missing_operators
+
+    declare_missing_operators()
     return pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 @pytest.fixture(scope="session")
-def load_tiny(transformers: Any, tiny_folder: Path) -> Callable[[], Any]:
+def load_tiny(transformers: Any, tiny_omni: Path) -> Callable[[], Any]:
     """Loads a model of one's own, as Transformers alone does: for tests that change or break it."""
     import torch
 
     def load() -> Any:
         model = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(
-            tiny_folder, dtype=torch.bfloat16, local_files_only=True
+            tiny_omni, dtype=torch.bfloat16, local_files_only=True
         )
         return model.eval()
 
@@ -59,24 +35,46 @@ def load_tiny(transformers: Any, tiny_folder: Path) -> Callable[[], Any]:
 
 @pytest.fixture(scope="session")
 def model(load_tiny: Callable[[], Any]) -> Any:
-    return load_tiny()
+    """Never ends its speech by itself, so that tests decide how long it is."""
+    loaded = load_tiny()
+    end = loaded.config.talker_config.codec_eos_token_id
+
+    def go_on(_: Any, __: Any, logits: Any) -> Any:
+        logits[..., end] = -1e4
+        return logits
+
+    loaded.talker.codec_head.register_forward_hook(go_on)
+    return loaded
 
 
 @pytest.fixture(scope="session")
-def processor(transformers: Any, tiny_folder: Path) -> Any:
+def processor(transformers: Any, tiny_omni: Path) -> Any:
     for needed in ("torchvision", "PIL"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"the processor needs {needed}, which is not installed")
-    return transformers.Qwen3OmniMoeProcessor.from_pretrained(tiny_folder, local_files_only=True)
+    return transformers.Qwen3OmniMoeProcessor.from_pretrained(tiny_omni, local_files_only=True)
 
 
 @pytest.fixture
 def new_chat(model: Any, processor: Any) -> Callable[..., Any]:
-    """Opens conversations on the shared model: short, greedy answers unless told otherwise."""
+    """Opens conversations on the shared model: short, greedy answers that never end by themselves, unless told so."""
     from omnifp4.chat import OmniChat
+    from omnifp4.chat.generation import ThinkerDecoder
+
+    class Talkative(ThinkerDecoder):
+        def prefill(self, inputs: Any) -> Any:
+            return self.go_on(super().prefill(inputs))
+
+        def step(self, token: int) -> Any:
+            return self.go_on(super().step(token))
+
+        def go_on(self, logits: Any) -> Any:
+            logits[:, model.config.im_end_token_id] = -1e4
+            return logits
 
     def open_chat(**arguments: Any) -> Any:
         defaults = {"processor": processor, "max_new_tokens": 8, "temperature": 0, "max_speech_seconds": 1.0}
+        defaults["decoder"] = Talkative
         return OmniChat(arguments.pop("model", model), **{**defaults, **arguments})
 
     return open_chat

@@ -30,7 +30,10 @@ SAMPLES = np.zeros(4, np.float32)
         ({"type": "image", "image": "a.png"}, [{"type": "image", "image": "a.png"}]),
         ([{"image": "a.png"}, "Hello"], [{"type": "image", "image": "a.png"}, *HELLO]),
         ([{"type": "image_url", "image_url": {"url": "a.png"}}], [{"type": "image", "image": "a.png"}]),
-        ([{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}], [{"type": "image", "image": "a.png"}]),
+        (
+            [{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}],
+            [{"type": "image", "image": "a.png"}],
+        ),
         ([{"type": "image_url", "image_url": "a.png"}], [{"type": "image", "image": "a.png"}]),
         ([{"type": "audio_url", "audio_url": {"url": "a.wav"}}], [{"type": "audio", "audio": "a.wav"}]),
         ([{"type": "video_url", "video_url": {"url": "a.mp4"}}], [{"type": "video", "video": "a.mp4"}]),
@@ -74,14 +77,20 @@ def test_roles() -> None:
         ([{"role": "assistant", "content": "Hi"}], "no user message"),
         ([{"role": "tool", "content": "x"}], "message 0 has the role 'tool' (allowed: system, user, assistant)"),
         ([{"role": "user"}], "message 0 (user) has no content"),
-        ([{"role": "user", "content": "x", "name": "Bo"}], "message 0 has the unknown key 'name' (allowed: role, content)"),
+        (
+            [{"role": "user", "content": "x", "name": "Bo"}],
+            "message 0 has the unknown key 'name' (allowed: role, content)",
+        ),
         ([{"role": "user", "content": None}], "nothing as content"),
         ([{"role": "user", "content": 3}], "a value of type int as content"),
         ([{"role": "user", "content": ""}], "message 0 (user) is empty"),
         ([{"role": "user", "content": []}], "message 0 (user) is empty"),
         ([{"role": "user", "content": "x"}, "y"], "message 1 is a value of type str"),
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "message 1 (system) is not the first"),
-        ([{"role": "user", "content": [{"type": "picture", "picture": 1}]}], "part 0 has the type 'picture' (allowed: text"),
+        (
+            [{"role": "user", "content": [{"type": "picture", "picture": 1}]}],
+            "part 0 has the type 'picture' (allowed: text",
+        ),
         ([{"role": "user", "content": [{"url": "x"}]}], "part 0 has no type"),
         ([{"role": "user", "content": [{"type": "image", "path": "x"}]}], "unknown key 'path' (allowed: type, image)"),
         ([{"role": "user", "content": [{"type": "image"}]}], "part 0 (image) has no 'image'"),
@@ -91,7 +100,10 @@ def test_roles() -> None:
         ([{"role": "user", "content": [SAMPLES]}], "part 0 is a value of type ndarray"),
         ([{"type": "input_audio", "input_audio": {"data": "AA", "format": "midi"}}], "the format 'midi' (allowed: wav"),
         ([{"type": "input_audio", "input_audio": {"data": b"x"}}], "base64"),
-        ([{"role": "system", "content": [{"type": "image", "image": "x"}]}, {"role": "user", "content": "x"}], "text only"),
+        (
+            [{"role": "system", "content": [{"type": "image", "image": "x"}]}, {"role": "user", "content": "x"}],
+            "text only",
+        ),
     ],
 )
 def test_refusals_name_place_and_choices(written: Any, says: str) -> None:
@@ -132,10 +144,16 @@ def test_a_turn_of_media_and_text() -> None:
 def test_properties() -> None:
     hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
     given, st = hypothesis.given, hypothesis.strategies
-    keys = st.sampled_from(["role", "content", "type", "text", "image", "audio", "image_url", "url", "input_audio", "x"])
+    keys = st.sampled_from(
+        ["role", "content", "type", "text", "image", "audio", "image_url", "url", "input_audio", "x"]
+    )
     scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.binary(max_size=3))
     values = st.one_of(scalars, st.sampled_from(["user", "system", "assistant", "text", "image", "audio_url"]))
-    trees = st.recursive(values, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(keys, inner, max_size=3)), max_leaves=8)
+    trees = st.recursive(
+        values,
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(keys, inner, max_size=3)),
+        max_leaves=8,
+    )
 
     @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
     @given(trees)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, turn_to
 
 
 @pytest.fixture
@@ -25,14 +25,3 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]
         monkeypatch.delenv(name, raising=False)
     yield stand_in
     stand_in.close()
-
-
-def turn_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT does when it is set before huggingface_hub is imported."""
-    from huggingface_hub import constants, file_download
-
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    for module in (constants, file_download):  # Versions before 1.0 have copies in the second.
-        for name, value in (("ENDPOINT", endpoint), ("HUGGINGFACE_CO_URL_TEMPLATE", template)):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CHUNK_BYTES = 64 * 1024
 
@@ -260,3 +262,14 @@ def _hub_headers(path: Path) -> dict[str, str]:
 
 def _etag(path: Path) -> str:
     return hashlib.sha1(f"{path} {path.stat().st_size}".encode()).hexdigest()
+
+
+def turn_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT does when it is set before huggingface_hub is imported."""
+    from huggingface_hub import constants, file_download
+
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in (constants, file_download):  # Versions before 1.0 have copies in the second.
+        for name, value in (("ENDPOINT", endpoint), ("HUGGINGFACE_CO_URL_TEMPLATE", template)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import TWO_SHARDS, header_object, write_checkpoint, write_index
-from conftest import turn_to
-from hub_stand_in import COMMIT, Fault, HubStandIn
+from hub_stand_in import COMMIT, Fault, HubStandIn, turn_to
 
 from omnifp4.checkpoint import hub as hub_module
 from omnifp4.checkpoint import hub_requests
@@ -274,7 +273,8 @@ def test_the_environment_decides(hub: HubStandIn, folder: Path, tmp_path: Path) 
         "print(json.dumps([len(found.tensors), str(folder)]))"
     )
     home = tmp_path / "home"
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_secret"}
+    inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment = {**inherited, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_secret"}
 
     def run(**more: str) -> tuple[int, Path]:
         done = subprocess.run(

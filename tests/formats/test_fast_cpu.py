@@ -75,6 +75,14 @@ def test_a_given_tensor_scale(factor: float, make_source) -> None:
         assert stats.squared_error == pytest.approx(loss, rel=1e-5)
 
 
+def test_a_tensor_far_smaller_than_its_group(make_source) -> None:
+    source = make_source("random", "BF16")
+    encoded, stats = encode(source, ScaleRule.SWEEP, tensor_scale=np.float32(2.0**80))
+    assert not (encoded.packed & 0x77).any()
+    energy = float(np.square(source.wide, dtype=np.float64).sum())
+    assert stats == pytest.approx((energy, energy), rel=1e-9)
+
+
 def test_views_and_bytes_that_are_not_aligned(make_source) -> None:
     source = make_source("random", "BF16")
     expected, _ = encode(source, ScaleRule.SWEEP)
@@ -184,9 +192,11 @@ def test_compare_sees_damage(make_source) -> None:
     encoded, _ = encode(source, ScaleRule.MAX)
     block_scale, raw = encoded.block_scale.copy(), source.raw.copy()
     block_scale[3, 4], block_scale[7, 0], block_scale[39, 20] = 0x7F, 0x00, 0xFF
+    # A place that the last panel, which is not full, has no block for.
+    block_scale[35, 5] = 0x7F
     raw[20, 5] = 0x7F80
     found = fast_cpu.compare(raw, "BF16", encoded.packed, block_scale, encoded.tensor_scale)
-    assert (found.nonfinite, found.zero_scales, found.nan_scales) == (33, 1, 2)
+    assert (found.nonfinite, found.zero_scales, found.nan_scales) == (49, 1, 3)
     assert np.isfinite([found.squared_error, found.energy, found.max_abs_error]).all()
     swapped = ((encoded.packed << 4) | (encoded.packed >> 4)).astype(np.uint8)
     found = fast_cpu.compare(source.raw, "BF16", swapped, encoded.block_scale, encoded.tensor_scale)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -207,17 +207,14 @@ class ThinkerDecoder:
     def _only_what_is_read(self) -> Iterator[None]:
         hooks = [self._thinker.lm_head.register_forward_pre_hook(lambda _, values: (values[0][:, -1:],))]
         if self._layer is not None:
-            layers = self._thinker.get_decoder().layers
+            text = self._thinker.get_decoder()
 
-            def keep(_: Any, values: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-                self.states = values[0] if values else named["hidden_states"]
+            def keep(_: Any, __: Any, output: Any) -> None:
+                self.states = output[0] if isinstance(output, tuple) else output
 
-            if self._layer < len(layers):
-                # What `output_hidden_states` calls number k is what layer k reads.
-                hooks.append(layers[self._layer].register_forward_pre_hook(keep, with_kwargs=True))
-            else:
-                norm = self._thinker.get_decoder().norm
-                hooks.append(norm.register_forward_hook(lambda _, __, output: setattr(self, "states", output)))
+            # What `output_hidden_states` calls number k is what layer k - 1 gives, or the norm after the last.
+            read = text.layers[self._layer - 1] if self._layer < len(text.layers) else text.norm
+            hooks.append(read.register_forward_hook(keep))
         try:
             yield
         finally:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from omnifp4.chat.errors import ChatError, need
-from omnifp4.chat.speech import mend_talker
 
 
 def open_model(model: Any, processor: Any, *, device: str | None, speech: bool) -> tuple[Any, Any]:
@@ -26,7 +22,11 @@ def open_model(model: Any, processor: Any, *, device: str | None, speech: bool) 
     """
     if isinstance(model, str | os.PathLike):
         processor = processor if processor is not None else open_processor(os.fspath(model))
-        model = _load(os.fspath(model), device, speech)
+        from omnifp4.runtime import load
+
+        model = load(os.fspath(model), device=device or "auto", speech=speech)
+    from omnifp4.runtime.quantizer import mend_talker
+
     if not hasattr(model, "thinker"):
         raise ChatError(
             f"{type(model).__name__} is not an omni model: it has no thinker",
@@ -53,29 +53,12 @@ def open_processor(origin: str) -> Any:
     Raises:
         ChatError: a library that it needs is missing, or its files are.
     """
-    _prepare_torchvision()
+    from omnifp4.runtime.torchvision_on_cpu import declare_missing_operators
+
+    declare_missing_operators()
     transformers = need("transformers", "chat")
     need("torchvision", "the processor's video part")
     try:
         return transformers.AutoProcessor.from_pretrained(origin)
     except (OSError, ValueError, ImportError) as error:
         raise ChatError(f"cannot read the processor of {origin}: {error}", hint="omnifp4 doctor MODEL") from error
-
-
-def _load(origin: str, device: str | None, speech: bool) -> Any:
-    if find_spec("omnifp4.runtime") is not None:
-        loaded = import_module("omnifp4.runtime").load(origin, device=device, dtype="auto", speech=speech)
-        return loaded[0] if isinstance(loaded, tuple) else loaded
-    transformers = need("transformers", "chat")
-    if not Path(origin).is_dir():
-        raise ChatError(f"{origin!r} is no folder")
-    model = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(origin, dtype="auto", device_map=device)
-    if not speech:
-        model.disable_talker()
-    return model
-
-
-def _prepare_torchvision() -> None:
-    name = "omnifp4.runtime.torchvision_on_cpu"
-    if find_spec("omnifp4.runtime") is not None and find_spec(name) is not None:
-        import_module(name).declare_missing_operators()

@@ -94,7 +94,7 @@ def fetch(source: str | os.PathLike[str] | bytes, kind: str, reach: Reach, where
     else:
         raise MediaError(f"{where}: cannot read {kind} from a value of type {type(source).__name__}")
     if isinstance(encoded.content, bytes) and len(encoded.content) > reach.max_bytes:
-        raise MediaError(f"{where}: {len(encoded.content):,} bytes are more than the limit of {reach.max_bytes:,}")
+        raise MediaError(f"{where}: {encoded.name} holds more than the limit of {reach.max_bytes:,} bytes")
     return _checked(encoded, kind, declared, where)
 
 
@@ -177,7 +177,8 @@ def _file(path: Path, kind: str, reach: Reach, where: str) -> Encoded:
         regular = real.is_file()
         there = real.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        raise MediaError(f"{where}: {str(path)[:80]!r} is not a path: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"{where}: {str(path)[:80]!r} is not a path: {reason}") from error
     if not regular:
         what = "is not a file" if there else "does not exist"
         raise MediaError(f"{where}: {str(path)[:200]!r} {what}", hint=f"{kind} comes from a file, data URL or array")

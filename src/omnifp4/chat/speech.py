@@ -77,15 +77,6 @@ def choose_speaker(model: Any, wanted: bool | str) -> str:
     return wanted.lower()
 
 
-def mend_talker(model: Any) -> None:
-    """Gives the talker's config the audio settings that it reads when speech follows an audio input.
-
-    Transformers (5.17 to 5.23 at least) declares them for the thinker only, and crashes.
-    """
-    if hasattr(model, "talker") and getattr(model.talker.config, "audio_config", None) is None:
-        model.talker.config.audio_config = model.thinker.config.audio_config
-
-
 def speak(model: Any, script: Script, options: Options, *, chunks: bool) -> Generator[Waveform, None, None]:
     """Says a text.
 
@@ -100,7 +91,6 @@ def speak(model: Any, script: Script, options: Options, *, chunks: bool) -> Gene
     """
     if not script.tokens:
         return
-    mend_talker(model)
     pieces: queue.SimpleQueue[Waveform | BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()
     worker = threading.Thread(

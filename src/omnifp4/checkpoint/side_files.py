@@ -24,23 +24,30 @@ def side_files(folder: Path) -> list[Path]:
     """Paths, relative to `folder`, of all files that go along unchanged; hidden ones and weights stay behind.
 
     Raises:
-        CheckpointError: a link leads out of the folder (links into the Hub's cache are right).
+        CheckpointError: a side file is absurdly large, or a link leads out of the folder (links into the Hub's cache
+            are right).
     """
     home = Path(os.path.realpath(folder))
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        # Blobs of the repository, and those that newer versions of the cache share between repositories.
+        allowed += [home.parent.parent / "blobs", home.parent.parent.parent / "blobs"]
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent) / name
             relative = path.relative_to(folder)
-            if name.startswith(".") or name.endswith(WEIGHT_SUFFIXES) or str(relative) in REWRITTEN:
+            if name.startswith(".") or (name.endswith(WEIGHT_SUFFIXES) and str(relative) not in REWRITTEN):
                 continue
             target = Path(os.path.realpath(path))
             if not any(target.is_relative_to(place) for place in allowed):
                 raise CheckpointError(f"{path}: a link that leads out of the checkpoint, to {target}")
-            if target.is_file():
-                found.append(relative)
+            if not target.is_file() or str(relative) in REWRITTEN:
+                continue
+            if (size := target.stat().st_size) > SIDE_FILE_LIMIT_BYTES:
+                raise CheckpointError(f"{path}: {size} bytes are too many for a file beside the weights")
+            found.append(relative)
     return found
 
 
@@ -69,14 +76,12 @@ def copy_side_files(source: Path, target: Path, *, without: Collection[str] = ()
     for relative in side_files(source):
         if str(relative) in without:
             continue
-        size = (source / relative).stat().st_size
-        if size > SIDE_FILE_LIMIT_BYTES:
-            raise CheckpointError(f"{source / relative}: {size} bytes are too many for a file beside the weights")
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, destination)
         written.append(str(relative))
-    if keep_card and (source / CARD_NAME).is_file() and not (target / SOURCE_CARD_NAME).exists():
+    # A card of that name from an interrupted run may be torn, so what was there before does not count.
+    if keep_card and (source / CARD_NAME).is_file() and SOURCE_CARD_NAME not in written:
         shutil.copyfile(source / CARD_NAME, target / SOURCE_CARD_NAME)
         written.append(SOURCE_CARD_NAME)
     return written

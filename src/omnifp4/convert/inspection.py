@@ -15,7 +15,7 @@ from omnifp4.checkpoint.dialects import LinearEntries
 from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.convert.artifact import Artifact
-from omnifp4.formats.nvfp4 import BLOCK_SIZE, E2M1_MAX, E4M3_VALUES, UInt8Array
+from omnifp4.formats.nvfp4 import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, E4M3_VALUES, UInt8Array
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -32,6 +32,10 @@ SMALLEST_LARGEST_WEIGHT: Final = 1e-15
 
 ABOVE_SIBLINGS: Final = 1000.0
 """Largest weight over the median of its like in other layers and experts; a forgotten tensor scale gives 2688."""
+
+SMALLEST_INPUT: Final = 1e-12
+LARGEST_INPUT: Final = 1e8
+"""Between these is the largest input that an input scale can allow for."""
 
 CHUNK_BYTES: Final = 2 << 20
 """Of codes held at a time; decoded they take eight times as much, and twice."""
@@ -93,7 +97,7 @@ class LinearState:
         wrong_parts: clauses on parts that are missing or of the wrong type or shape.
         tensor_scale: as stored; None if missing.
         scale_problem: clause on a tensor scale that cannot be right; empty if it can.
-        input_scale: as stored; None if missing or not finite and positive.
+        input_scale: as stored; None if missing, not finite and positive, or absurd.
         counts: of block scales.
     """
 
@@ -152,7 +156,7 @@ def inspect_linear(artifact: Artifact, reader: CheckpointReader, linear: LinearE
     counts = BlockCounts() if wrong else count_blocks(reader, linear)
     problem = "" if tensor_scale is None else scale_problem(tensor_scale, counts.largest, reciprocal=linear.reciprocal)
     input_scale = read_scalar(reader, linear.input_scale)
-    if input_scale is not None and not (np.isfinite(input_scale) and input_scale > 0):
+    if input_scale is not None and not _is_usable_input(input_scale, linear.reciprocal):
         input_scale = None
     return LinearState(linear.module, linear, wide_shape, wrong, tensor_scale, problem, input_scale, counts)
 
@@ -199,6 +203,12 @@ def scale_problem(stored: np.float32, largest_block: float, *, reciprocal: bool)
     if not largest <= LARGEST_WEIGHT or 0 < largest < SMALLEST_LARGEST_WEIGHT:
         return f"the tensor scale is {stored}, which makes weights up to {largest:.1e}"
     return ""
+
+
+def _is_usable_input(stored: np.float32, reciprocal: bool) -> bool:
+    if not np.isfinite(stored) or not stored > 0:
+        return False
+    return SMALLEST_INPUT < E2M1_MAX * E4M3_MAX * _factor(stored, reciprocal) < LARGEST_INPUT
 
 
 def _factor(stored: np.float32, reciprocal: bool) -> float:

@@ -16,6 +16,7 @@ from omnifp4.convert.ledger import Ledger
 from omnifp4.convert.original import Original
 from omnifp4.convert.packaging import producer
 from omnifp4.convert.patient import Patient, Treatment
+from omnifp4.errors import CheckpointError
 from omnifp4.formats.nvfp4 import BLOCK_SIZE
 from omnifp4.receipt.repair import Effect
 
@@ -86,7 +87,12 @@ def judge_claim(patient: Patient, treatment: Treatment, wide: list[str], quantiz
     if problems or changed:
         entries = dialect.ignore_entries(wide, quantized)
         treatment.quantization_config = dialect.quantization_config(treatment.activations, entries, producer())
-        if cache := cache_scheme(claim, dialect.name):
+        try:
+            cache = cache_scheme(claim, dialect.name)
+        except CheckpointError as error:
+            ledger.fail("config.cache", "quantization_config", str(error), "a config without that cache scheme")
+            return
+        if cache:
             treatment.quantization_config["kv_cache_scheme"] = cache
 
 

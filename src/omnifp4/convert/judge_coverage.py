@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from omnifp4.convert.artifact import linear_entries
+from omnifp4.convert.judge_inputs import EXPERT
 from omnifp4.convert.patient import Patient, Treatment
 from omnifp4.models.base import Kind, Part, TensorSpec
 from omnifp4.receipt.repair import Effect
@@ -38,6 +39,31 @@ def judge_coverage(patient: Patient, treatment: Treatment, receipt: Mapping[str,
         treatment.widened.add(module)
         treatment.dropped.update(entry.name for entry in linear_entries(state.linear))
     patient.states = {module: state for module, state in patient.states.items() if module not in treatment.widened}
+
+
+def find_stray_wide(patient: Patient) -> list[TensorSpec]:
+    """Linears that are wide though engines build them into one module with linears that are in NVFP4.
+
+    That is q/k/v, gate/up, and all experts of a layer. Where most of such a module is wide, it cannot be mended.
+    """
+    modules: dict[str, list[TensorSpec]] = {}
+    for spec in patient.artifact.specs.values():
+        if is_readable(spec) and (spec.module in patient.states or spec.name in patient.artifact.checkpoint.tensors):
+            modules.setdefault(_engine_module(spec), []).append(spec)
+    stray = []
+    for name, specs in modules.items():
+        wide = [spec for spec in specs if spec.module not in patient.states]
+        if len(specs) > 2 * len(wide):
+            stray += wide
+        elif 0 < len(wide) < len(specs):
+            problem = f"{len(specs) - len(wide):,} of its {len(specs):,} linears are in NVFP4: engines build it as one"
+            patient.ledger.fail("fp4.mixed", name, problem, "quantization: omnifp4 quantize ORIGINAL OUT")
+    return stray
+
+
+def _engine_module(spec: TensorSpec) -> str:
+    expert = EXPERT.match(spec.module)
+    return expert["experts"] if expert else spec.scale_group or spec.module
 
 
 def is_readable(spec: TensorSpec) -> bool:

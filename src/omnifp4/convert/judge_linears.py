@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from omnifp4.checkpoint.dtypes import WIDE_FLOATS
 from omnifp4.convert.checksums import scalar_checksum, swapped_checksum
 from omnifp4.convert.inspection import LinearState
 from omnifp4.convert.original import compare, is_damaged
@@ -27,24 +28,30 @@ class Problem:
     clause: str
 
 
-def judge_linears(patient: Patient, treatment: Treatment, lost: list[TensorSpec]) -> None:
+def judge_linears(patient: Patient, treatment: Treatment, lost: list[TensorSpec], stray: list[TensorSpec]) -> None:
     """Find what is wrong with the linears and decide what to do, group by group.
 
     Args:
         patient: the artifact.
         treatment: gets the decisions.
         lost: linears that should be in NVFP4 and are not there.
+        stray: linears that should be in NVFP4 and are wide.
     """
+    missing, wide = {spec.module for spec in lost}, {spec.module for spec in stray}
     groups: dict[str, list[str]] = {}
-    for spec in [*patient.artifact.specs.values()]:
-        if spec.module in patient.states or spec in lost:
-            groups.setdefault(spec.scale_group or spec.module, []).append(spec.module)
-    missing = {spec.module for spec in lost}
+    for module, spec in patient.artifact.specs.items():
+        if module in patient.states or module in missing or module in wide:
+            groups.setdefault(spec.scale_group or module, []).append(module)
     for key, modules in groups.items():
         problems = [
             Problem(m, "tensor.missing", "it is missing, and should be in NVFP4") for m in modules if m in missing
         ]
-        states = [patient.states[module] for module in modules if module not in missing]
+        problems += [
+            Problem(m, "fp4.mixed", "it is wide, and what engines build it into is in NVFP4")
+            for m in modules
+            if m in wide
+        ]
+        states = [patient.states[module] for module in modules if module in patient.states]
         for state in states:
             problems += list(_problems(patient, state))
         _restore_tensor_scales(patient, treatment, states, problems)
@@ -52,7 +59,9 @@ def judge_linears(patient: Patient, treatment: Treatment, lost: list[TensorSpec]
         disagree = len({treatment.restored.get(state.module, state.tensor_scale) for state in states}) > 1
         if not problems and not disagree:
             continue
-        originals = _find_originals(patient, modules)
+        if patient.original is None and all(module in wide and _is_wide(patient, module) for module in modules):
+            treatment.own.add(key)
+        originals = _find_originals(patient, modules, own=key in treatment.own)
         if originals:
             _encode_group(patient, treatment, key, originals, problems, disagree)
         else:
@@ -63,11 +72,22 @@ def judge_linears(patient: Patient, treatment: Treatment, lost: list[TensorSpec]
                 _reconcile(patient, treatment, states)
 
 
+def _is_wide(patient: Patient, module: str) -> bool:
+    """Whether the artifact holds a linear's whole weight in a type that can be encoded."""
+    spec = patient.artifact.specs[module]
+    entry = patient.artifact.checkpoint.tensors.get(spec.name)
+    return entry is not None and entry.dtype in WIDE_FLOATS and entry.shape == spec.shape
+
+
 def _problems(patient: Patient, state: LinearState) -> Iterator[Problem]:
     for clause in state.wrong_parts:
         yield Problem(state.module, "linear.parts", clause)
     if state.scale_problem:
         yield Problem(state.module, "scales.tensor", state.scale_problem)
+    scale = state.linear.block_scale
+    if not state.wrong_parts and scale is not None and scale.dtype != "F8_E4M3":
+        action = "the same bytes, said to be F8_E4M3"
+        patient.ledger.mend("linear.dtype", state.module, f"its block scales are said to be {scale.dtype}", action)
     if state.counts.damaged:
         clause = f"{state.counts} of {state.counts.blocks:,} block scales"
         yield Problem(state.module, "scales.block", clause)
@@ -100,35 +120,46 @@ def _compare(
     patient: Patient, treatment: Treatment, states: list[LinearState], problems: list[Problem]
 ) -> list[Problem]:
     """Swapped codes and wrong weights, by the original or by checksums; only of linears with nothing else wrong."""
-    found = []
     troubled = {problem.module for problem in problems}
+    found = []
     for state in states:
-        if state.module in troubled:
-            continue
-        tensor = patient.original.find_linear(state) if patient.original else None
-        if patient.original is not None and tensor is not None:
-            fixed = treatment.restored.get(state.module)
-            comparison = compare(patient.reader, state, patient.original, tensor, fixed)
-            if not is_damaged(comparison.error, patient.original, tensor):
-                continue
-            if not is_damaged(comparison.swapped_error, patient.original, tensor):
-                _swap(patient, treatment, state, f"its relative squared error is {comparison.error:.3g}, swapped back "
-                      f"{comparison.swapped_error:.3g}")  # fmt: skip
-            else:
-                clause = f"its relative squared error against the original is {comparison.error:.3g}"
-                found.append(Problem(state.module, "codes.wrong", clause))
-            continue
-        parts = [state.linear.packed, state.linear.block_scale]
-        if state.module not in treatment.restored:
-            parts.append(state.linear.tensor_scale)
-        changed = [part.name for part in parts if part is not None and part.name in patient.changed]
-        packed = state.linear.packed
-        if changed == [packed.name] and swapped_checksum(patient.reader, packed) == patient.changed[packed.name]:
-            _swap(patient, treatment, state, "swapped back they have the checksum in omnifp4.json")
-        elif changed:
-            clause = f"the bytes of {' and '.join(changed)} are not those that omnifp4.json recorded"
-            found.append(Problem(state.module, "tensor.checksum", clause))
+        if state.module not in troubled:
+            problem = _by_original(patient, treatment, state) or _by_checksum(patient, treatment, state)
+            if problem is not None:
+                found.append(problem)
     return found
+
+
+def _by_original(patient: Patient, treatment: Treatment, state: LinearState) -> Problem | None:
+    tensor = patient.original.find_linear(state) if patient.original else None
+    if patient.original is None or tensor is None:
+        return None
+    made_for = treatment.restored.get(state.module)
+    comparison = compare(patient.reader, state, patient.original, tensor, made_for)
+    if not is_damaged(comparison.error, patient.original, tensor):
+        return None
+    if is_damaged(comparison.swapped_error, patient.original, tensor):
+        clause = f"its relative squared error against the original is {comparison.error:.3g}"
+        return Problem(state.module, "codes.wrong", clause)
+    proof = f"its relative squared error is {comparison.error:.3g}, swapped back {comparison.swapped_error:.3g}"
+    _swap(patient, treatment, state, proof)
+    return None
+
+
+def _by_checksum(patient: Patient, treatment: Treatment, state: LinearState) -> Problem | None:
+    parts = [state.linear.block_scale]
+    if state.module not in treatment.restored:
+        parts.append(state.linear.tensor_scale)
+    if state.module not in treatment.swapped:
+        parts.append(state.linear.packed)
+    changed = [part.name for part in parts if part is not None and part.name in patient.changed]
+    packed = state.linear.packed
+    if changed == [packed.name] and swapped_checksum(patient.reader, packed) == patient.changed[packed.name]:
+        _swap(patient, treatment, state, "swapped back they have the checksum in omnifp4.json")
+    elif changed:
+        clause = f"the bytes of {' and '.join(changed)} are not those that omnifp4.json recorded"
+        return Problem(state.module, "tensor.checksum", clause)
+    return None
 
 
 def _swap(patient: Patient, treatment: Treatment, state: LinearState, proof: str) -> None:
@@ -138,8 +169,11 @@ def _swap(patient: Patient, treatment: Treatment, state: LinearState, proof: str
     patient.ledger.mend("codes.swapped", state.module, problem, "swapped back", Effect.RESTORED)
 
 
-def _find_originals(patient: Patient, modules: list[str]) -> tuple[SourceTensor, ...]:
-    """The originals of all linears of a group; empty if one of them has none."""
+def _find_originals(patient: Patient, modules: list[str], *, own: bool) -> tuple[SourceTensor, ...]:
+    """The originals of all linears of a group; empty if one of them has none. `own`: the artifact holds them wide."""
+    if own:
+        specs = [patient.artifact.specs[module] for module in modules]
+        return tuple(SourceTensor(spec, patient.artifact.checkpoint.tensors[spec.name]) for spec in specs)
     if patient.original is None:
         return ()
     found = []
@@ -161,6 +195,9 @@ def _encode_group(
     disagree: bool,
 ) -> None:
     treatment.encoded[key] = originals
+    modules = {tensor.spec.module for tensor in originals}
+    # What was to be mended from the artifact alone is encoded with the others instead.
+    patient.ledger.withdraw(modules)
     clauses: dict[str, list[Problem]] = {}
     for problem in problems:
         clauses.setdefault(problem.module, []).append(problem)
@@ -172,7 +209,8 @@ def _encode_group(
         if disagree:
             texts.append("its tensor scale is not that of the linears it is fused with")
         clause = "; ".join(texts) or "it shares its tensor scale with a damaged linear"
-        patient.ledger.mend(kind, module, clause, "encoded anew from the original", Effect.RECOMPUTED)
+        action = "encoded from its own wide weights" if key in treatment.own else "encoded anew from the original"
+        patient.ledger.mend(kind, module, clause, action, Effect.RECOMPUTED)
         treatment.restored.pop(module, None)
         treatment.swapped.discard(module)
         treatment.mended.discard(module)

@@ -100,9 +100,10 @@ def should_be_fp4(artifact: Artifact, spec: TensorSpec, weight_map: Mapping[str,
 def judge_wide(patient: Patient, treatment: Treatment) -> None:
     """Wide tensors: type, shape, finite values, checksums; or simply equality with the original."""
     artifact, ledger = patient.artifact, patient.ledger
+    replaced = {f"{module}.weight" for module in treatment.encoded_modules} | treatment.dropped | artifact.parts
     for name, entry in artifact.checkpoint.tensors.items():
         spec = artifact.layout.by_name.get(name)
-        if name in artifact.parts or name in treatment.dropped:
+        if name in replaced:
             continue
         found = _find_wide(patient.original, name) if patient.original else None
         if patient.original is not None and found is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from omnifp4.receipt.repair import Effect, Mend, Unmended
 
@@ -23,6 +23,10 @@ class Ledger:
     def fail(self, kind: str, subject: str, problem: str, needs: str = NEEDS_SOURCE) -> None:
         """Note damage that cannot be mended."""
         self.unmended.append(Unmended(kind=kind, subject=subject, problem=problem, needs=needs))
+
+    def withdraw(self, subjects: Collection[str]) -> None:
+        """Take back the mends of these subjects: something else will be done to them."""
+        self.mended = [mend for mend in self.mended if mend.subject not in subjects]
 
     def with_errors(self, errors: dict[str, float]) -> Iterable[Mend]:
         """The mends, with the error of each linear (by module) that was rounded or recomputed."""

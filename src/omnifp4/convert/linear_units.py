@@ -74,10 +74,17 @@ class MendUnit:
 
 @dataclass(frozen=True)
 class EncodeUnit:
-    """Linears that share a tensor scale, encoded from the original."""
+    """Linears that share a tensor scale, encoded from the original.
+
+    Attributes:
+        tensors: the wide weights.
+        dialect: of the result.
+        own: the wide weights are the artifact's own, not the original's.
+    """
 
     tensors: tuple[SourceTensor, ...]
     dialect: Dialect
+    own: bool
 
     @property
     def name(self) -> str:
@@ -89,25 +96,23 @@ class EncodeUnit:
 
     def run(self, tools: Tools) -> dict[str, Any]:
         """Write codes, block scales and tensor scale; ``errors`` has squared error and energy of each linear."""
-        assert tools.source is not None
+        source = tools.reader if self.own else tools.source
+        assert source is not None
+        where = source.checkpoint.location
         amax = 0.0
         for tensor in self.tensors:
-            for _, rows in source_rows(tools.source, tensor):
+            for _, rows in source_rows(source, tensor):
                 found = fast_cpu.scan(rows, tensor.entry.dtype)
                 if found.nonfinite_index >= 0:
-                    raise CheckpointError(
-                        f"{tools.source.checkpoint.location}: tensor {tensor.spec.name!r} has NaN or infinite values"
-                    )
+                    raise CheckpointError(f"{where}: tensor {tensor.spec.name!r} has NaN or infinite values")
                 amax = max(amax, found.amax)
         try:
             tensor_scale = tensor_scale_for(amax, ScaleRule.SWEEP)
         except ValueError as error:
-            raise CheckpointError(
-                f"{tools.source.checkpoint.location}: tensor {self.tensors[0].spec.name!r}: {error}"
-            ) from None
+            raise CheckpointError(f"{where}: tensor {self.tensors[0].spec.name!r}: {error}") from None
         record: dict[str, Any] = {"crc": {}, "errors": {}}
         for tensor in self.tensors:
-            self._encode(tools, tools.source, tensor, tensor_scale, record)
+            self._encode(tools, source, tensor, tensor_scale, record)
         return record
 
     def _encode(

@@ -13,16 +13,16 @@ from typing import Any
 from omnifp4.checkpoint.fingerprint import file_stamps, headers_sha256
 from omnifp4.checkpoint.output import PlannedOutput
 from omnifp4.checkpoint.reader import CheckpointReader
-from omnifp4.checkpoint.side_files import RECEIPT_NAME
 from omnifp4.checkpoint.staging import Staging, refuse_existing
 from omnifp4.checkpoint.units import Progress, check_free_space, output_error
 from omnifp4.convert.artifact import Artifact, read_artifact
 from omnifp4.convert.checksums import changed_tensors
 from omnifp4.convert.inspection import inspect_linears
 from omnifp4.convert.judge_config import judge_claim, settle_speech
-from omnifp4.convert.judge_coverage import judge_coverage
+from omnifp4.convert.judge_coverage import find_stray_wide, judge_coverage
 from omnifp4.convert.judge_inputs import judge_inputs
 from omnifp4.convert.judge_linears import judge_linears
+from omnifp4.convert.judge_receipt import judge_receipt
 from omnifp4.convert.judge_tensors import judge_leftovers, judge_missing, judge_unreadable, judge_wide
 from omnifp4.convert.ledger import Ledger
 from omnifp4.convert.lenient import open_leniently
@@ -31,6 +31,7 @@ from omnifp4.convert.packaging import read_receipt, without_claims, write_packag
 from omnifp4.convert.patient import Patient, Treatment
 from omnifp4.convert.repair_plan import plan_repair
 from omnifp4.convert.writing import Written, write_weights
+from omnifp4.errors import CheckpointError
 from omnifp4.receipt.base import package_version, this_environment
 from omnifp4.receipt.repair import Effect, Mend, RepairOutcome, RepairReceipt
 
@@ -112,9 +113,13 @@ def examine(
         ledger.fail("nothing.quantized", source.name, "no linear is in NVFP4: it was saved wide, nothing shrank", needs)
         return patient, treatment
     states = inspect_linears(artifact, reader, threads)
+    if original is not None and not any(original.find_linear(state) for state in states.values()):
+        raise CheckpointError(
+            f"{original.source.checkpoint.location}: has none of the weights of {source}, so it is not its original",
+            hint="give the wide checkpoint that the artifact was made from",
+        )
     receipt = read_receipt(source)
-    if receipt is None and (source / RECEIPT_NAME).exists():
-        ledger.mend("receipt", RECEIPT_NAME, "it cannot be read", "replaced by the record of this repair")
+    judge_receipt(source, receipt, artifact.checkpoint, ledger)
     changed = changed_tensors(reader, receipt, threads)
     patient = Patient(artifact, reader, states, changed, original, estimate, ledger)
     missing = artifact.layout.missing(artifact.logical_names)
@@ -122,7 +127,7 @@ def examine(
     judge_leftovers(artifact, treatment, ledger)
     judge_coverage(patient, treatment, receipt)
     lost = judge_missing(patient, treatment, weight_map)
-    judge_linears(patient, treatment, lost)
+    judge_linears(patient, treatment, lost, find_stray_wide(patient))
     judge_wide(patient, treatment)
     judge_inputs(patient, treatment)
     judge_claim(patient, treatment, *_result_modules(artifact, treatment))

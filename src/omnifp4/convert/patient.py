@@ -51,6 +51,7 @@ class Treatment:
         widened: modules that are in NVFP4 and become wide.
         decoded: of them, those whose weights are decoded from the artifact.
         encoded: linears encoded from the original, by scale group.
+        own: of them, those encoded from the artifact's own wide weights.
         swapped: modules whose codes change places.
         mended: modules whose codes or block scales are written anew.
         restored: tensor scales, as stored, that the codes of a module were really made for.
@@ -65,6 +66,7 @@ class Treatment:
     widened: set[str] = field(default_factory=set)
     decoded: set[str] = field(default_factory=set)
     encoded: dict[str, tuple[SourceTensor, ...]] = field(default_factory=dict)
+    own: set[str] = field(default_factory=set)
     swapped: set[str] = field(default_factory=set)
     mended: set[str] = field(default_factory=set)
     restored: dict[str, np.float32] = field(default_factory=dict)

@@ -61,16 +61,20 @@ def _keep(patient: Patient, treatment: Treatment, plan: RepairPlan) -> None:
         for entry in (linear.packed, linear.block_scale, linear.tensor_scale)
         if entry is not None
     }
+    linears = patient.artifact.linears.values()
+    block_scales = {linear.block_scale.name for linear in linears if linear.block_scale is not None}
+    replaced.update(f"{module}.weight" for module in treatment.encoded_modules)
     for name, entry in patient.artifact.checkpoint.tensors.items():
         if name not in replaced and name not in treatment.dropped and name not in treatment.fetched:
-            plan.tensors[name] = StoredTensor(name, entry.dtype, entry.shape)
+            dtype = "F8_E4M3" if name in block_scales else entry.dtype
+            plan.tensors[name] = StoredTensor(name, dtype, entry.shape)
             plan.copies[name] = entry
 
 
 def _encode(patient: Patient, treatment: Treatment, plan: RepairPlan) -> None:
     dialect = patient.artifact.dialect
-    for tensors in treatment.encoded.values():
-        plan.units.append(EncodeUnit(tensors, dialect))
+    for key, tensors in treatment.encoded.items():
+        plan.units.append(EncodeUnit(tensors, dialect, key in treatment.own))
         for tensor in tensors:
             stored = dialect.stored(tensor.spec.module, shape_of(tensor), Activations.WIDE)
             plan.tensors |= {part.name: part for part in stored}

@@ -59,5 +59,9 @@ def _damage(artifact: Artifact, states: Mapping[str, LinearState]) -> Iterator[s
     for key, modules in artifact.scale_groups():
         if len({states[module].tensor_scale for module in modules}) > 1:
             yield f"{key}: {' and '.join(modules)} must share one tensor scale, and theirs differ"
+    for name, entry in artifact.checkpoint.tensors.items():
+        spec = artifact.layout.by_name.get(name)
+        if spec is not None and name not in artifact.parts and entry.shape != spec.shape:
+            yield f"tensor {name!r} is {list(entry.shape)} where the config makes it {list(spec.shape)}"
     for name in artifact.layout.missing(artifact.logical_names):
         yield f"tensor {name!r} is missing"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omnifp4.runtime.backends import choose_backend
     from omnifp4.runtime.import_hook import install
-    from omnifp4.runtime.load import load
+    from omnifp4.runtime.loading import load
     from omnifp4.runtime.packed import NVFP4Linear, PackedExperts
     from omnifp4.runtime.registration import register
 
@@ -22,7 +22,7 @@ _HOMES = {
     "PackedExperts": "omnifp4.runtime.packed",
     "choose_backend": "omnifp4.runtime.backends",
     "install": "omnifp4.runtime.import_hook",
-    "load": "omnifp4.runtime.load",
+    "load": "omnifp4.runtime.loading",
     "register": "omnifp4.runtime.registration",
 }
 
@@ -30,4 +30,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from omnifp4.runtime.import_hook import install
+
+    # Before the first of these imports Transformers, and with it torchvision.
+    install()
     return getattr(import_module(_HOMES[name]), name)

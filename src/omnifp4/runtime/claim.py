@@ -21,12 +21,13 @@ PACKED_FORMAT: Final = "nvfp4-pack-quantized"
 MODELOPT_ALGORITHMS: Final = ("NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
 
 
-class NVFP4CheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class NVFP4CheckpointConfig(QuantizationConfigMixin):
     """A checkpoint's own ``quantization_config``, kept as it stands so that it is saved as it stands."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = copy.deepcopy(dict(raw))
-        self.quant_method = str(raw["quant_method"])
+        # A plain string: Transformers' enumeration has no ModelOpt.
+        self.quant_method: Any = str(raw["quant_method"])
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

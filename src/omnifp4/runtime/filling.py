@@ -21,7 +21,7 @@ from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import CheckpointError
 from omnifp4.runtime.options import LoadOptions
 from omnifp4.runtime.packed import NVFP4Linear, PackedExperts
-from omnifp4.runtime.placement import ExpertsPlace, Placement
+from omnifp4.runtime.placement import ExpertsPlace, LinearPlace, Placement
 from omnifp4.runtime.scales import Scales
 
 STAGING_BYTES: Final = 32 << 20
@@ -57,7 +57,8 @@ def fill(model: nn.Module, checkpoint: Checkpoint, placement: Placement, scales:
 
 
 def _modules(model: nn.Module, placement: Placement) -> Iterator[tuple[Any, Any]]:
-    for place in (*placement.linears, *placement.experts):
+    places: list[LinearPlace | ExpertsPlace] = [*placement.linears, *placement.experts]
+    for place in places:
         yield place, model.get_submodule(place.module)
 
 

@@ -65,7 +65,9 @@ class Renaming:
                         return found
         return target, pattern
 
-    def check_wide(self, tensors: Mapping[str, TensorEntry], packed_names: frozenset[str], packed: Iterable[str], subject: str) -> None:
+    def check_wide(
+        self, tensors: Mapping[str, TensorEntry], packed_names: frozenset[str], packed: Iterable[str], subject: str
+    ) -> None:
         """Check the tensors that Transformers loads itself, which would only warn.
 
         Args:
@@ -94,7 +96,9 @@ class Renaming:
                     raise CheckpointError(f"{subject}/{entry.shard}: tensor {name!r} has no place in the model")
                 continue
             if pattern is None and target in found:
-                raise CheckpointError(f"{subject}/{entry.shard}: tensors {found[target]!r} and {name!r} are the same in the model")
+                raise CheckpointError(
+                    f"{subject}/{entry.shard}: tensors {found[target]!r} and {name!r} are the same in the model"
+                )
             found[target] = name
             if pattern is not None and len(entry.shape) < len(wanted[target]):
                 of_target = merged.setdefault(target, {})
@@ -110,7 +114,9 @@ class Renaming:
             if name not in found and name not in tied and not self._may_miss(name):
                 raise CheckpointError(f"{subject}: no tensor for {name!r} of the model")
 
-    def _check_merged(self, merged: Mapping[str, Mapping[str, int]], wanted: Mapping[str, tuple[int, ...]], subject: str) -> None:
+    def _check_merged(
+        self, merged: Mapping[str, Mapping[str, int]], wanted: Mapping[str, tuple[int, ...]], subject: str
+    ) -> None:
         for target, counts in merged.items():
             parts = 2 if target.endswith("gate_up_proj") else 1
             if len(counts) != parts or any(count != wanted[target][0] for count in counts.values()):

@@ -63,8 +63,10 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Scales are float32 by definition; `model.to(torch.bfloat16)` must move them and not round them.
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and buffer.is_floating_point()}
-        super()._apply(fn, recurse)
+        kept = {
+            name: buffer for name, buffer in self._buffers.items() if buffer is not None and buffer.is_floating_point()
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = self._buffers[name]
             if after is not None and after.dtype != before.dtype:
@@ -83,6 +85,7 @@ class NVFP4Linear(PackedModule):
     block_scale: Tensor
     tensor_scale: Tensor
     input_scale: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, wide: nn.Linear, backend: str, *, reciprocal: bool, input_scale: bool) -> None:
         """Take the shape and the bias of `wide`, whose weight is dropped."""
@@ -135,18 +138,20 @@ class PackedExperts(PackedModule):
     down_block_scale: Tensor
     down_tensor_scale: Tensor
 
-    def __init__(self, wide: nn.Module, backend: str, *, reciprocal: bool, input_scale: bool) -> None:
+    def __init__(self, wide: Any, backend: str, *, reciprocal: bool, input_scale: bool) -> None:
         """Take shapes and activation of `wide`, a module with ``gate_up_proj [E, 2 I, H]`` and ``down_proj [E, H, I]``."""
         super().__init__(backend, reciprocal)
         experts, hidden, inner = wide.down_proj.shape
         self.num_experts, self.hidden_dim, self.intermediate_dim = int(experts), int(hidden), int(inner)
-        self.act_fn = wide.act_fn
+        self.activate: Callable[[Tensor], Tensor] = wide.act_fn
         for part, rows, columns in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
             self._add_buffer(f"{part}_packed", (experts, rows, columns // 2), torch.uint8)
             self._add_buffer(f"{part}_block_scale", (experts, rows, columns // BLOCK_SIZE), torch.uint8)
             self._add_buffer(f"{part}_tensor_scale", (experts,), torch.float32)
             if input_scale:
-                self._add_buffer(f"{part}_input_scale", (experts, 2) if part == "gate_up" else (experts,), torch.float32)
+                self._add_buffer(
+                    f"{part}_input_scale", (experts, 2) if part == "gate_up" else (experts,), torch.float32
+                )
 
     @property
     def backend(self) -> Backend:

@@ -133,7 +133,9 @@ def _check_tensors(source: LinearEntries, tensors: Mapping[str, TensorEntry], su
 
 
 def _misfit(entry: TensorEntry, subject: str, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{subject}/{entry.shard}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}, not {wanted}")
+    return CheckpointError(
+        f"{subject}/{entry.shard}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}, not {wanted}"
+    )
 
 
 def _linear_module(model: nn.Module, name: str, source: LinearEntries, renaming: Renaming, subject: str) -> str:
@@ -141,7 +143,9 @@ def _linear_module(model: nn.Module, name: str, source: LinearEntries, renaming:
     module = find_module(model, path)
     if not isinstance(module, nn.Linear):
         what = "no module" if module is None else f"a {type(module).__name__}, not a linear layer"
-        raise CheckpointError(f"{subject}: {source.packed.name!r} holds NVFP4 codes, but {path!r} is {what} in the model")
+        raise CheckpointError(
+            f"{subject}: {source.packed.name!r} holds NVFP4 codes, but {path!r} is {what} in the model"
+        )
     _check_shape(source, (module.out_features, module.in_features), subject)
     return path
 
@@ -166,10 +170,12 @@ def _experts_place(
     module = find_module(model, path)
     down = getattr(module, "down_proj", None)
     if module is None or not isinstance(down, nn.Parameter) or down.ndim != 3:
-        raise CheckpointError(f"{subject}: {name!r} holds packed experts, but {path!r} is no experts module in the model")
+        raise CheckpointError(
+            f"{subject}: {name!r} holds packed experts, but {path!r} is no experts module in the model"
+        )
     _check_kind(module, path, subject)
     experts, hidden, inner = down.shape
-    for number, part in found:
+    for number, _ in found:
         if number >= experts:
             raise CheckpointError(f"{subject}: expert '{name}.{number}' exceeds the {experts} of the model")
     projections: dict[str, tuple[LinearEntries, ...]] = {}
@@ -201,7 +207,9 @@ def _check_kind(module: nn.Module, path: str, subject: str) -> None:
     expected: dict[str, Any] = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     for key, value in expected.items():
         if getattr(module, key, value) != value:
-            raise CheckpointError(f"{subject}: experts {path!r} ({type(module).__name__}) have {key}={not value}: not supported")
+            raise CheckpointError(
+                f"{subject}: experts {path!r} ({type(module).__name__}) have {key}={not value}: not supported"
+            )
 
 
 def _check_orphans(tensors: Mapping[str, TensorEntry], known: Iterable[str], subject: str) -> None:

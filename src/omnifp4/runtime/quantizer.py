@@ -46,7 +46,7 @@ def tell_once(message: str) -> None:
         logger.warning(message)
 
 
-class HidePacked(WeightRenaming):  # type: ignore[misc]
+class HidePacked(WeightRenaming):
     """A renaming that gives all packed tensors one name that no model has, so that they are left alone.
 
     Wide tensors under names that Transformers does not know get those that it knows.
@@ -61,7 +61,7 @@ class HidePacked(WeightRenaming):  # type: ignore[misc]
         return (HIDDEN_NAME if source_key in self._names else self._aliases.get(source_key, source_key)), None
 
 
-class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
+class NVFP4Quantizer(HfQuantizer):
     """Loads ModelOpt, compressed-tensors and AutoRound checkpoints whose weights are NVFP4."""
 
     requires_calibration = True
@@ -88,6 +88,10 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
         """See `HfQuantizer.update_device_map`."""
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise OmniFP4Error("device_map: packed weights cannot be offloaded to disk", hint="use a device or 'auto'")
+        device = current_options().device
+        if device_map is None and device is not None and device.type != "cpu":
+            # Here no accelerate is needed for it, unlike in an argument of `from_pretrained`.
+            device_map = {"": device}
         self._device_map = device_map
         return device_map
 
@@ -107,7 +111,7 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
             self.__dict__.clear()
             self.__class__ = stock_quantizer
             stock_quantizer.__init__(self, config.quantization_config, pre_quantized=True)
-            self.validate_environment(device_map=device_map, weights_only=True)
+            stock_quantizer.validate_environment(self, device_map=device_map, weights_only=True)
             return config
         check_algorithm(self.quantization_config.raw)
         return config
@@ -139,7 +143,7 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
             tell_once("this checkpoint has scales for an FP8 KV cache; the cache stays wide here")
         return model
 
-    def _swap(self, model: nn.Module, placement: Placement) -> None:
+    def _swap(self, model: Any, placement: Placement) -> None:
         backend = current_options().backend
         for linear in placement.linears:
             source = linear.source
@@ -170,7 +174,9 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """See `HfQuantizer.get_new_dtype` (Transformers 5.21 and later): wide tensors are cast as in any model."""
-        is_float = param.get_dtype().startswith(("F", "BF")) if hasattr(param, "get_dtype") else param.is_floating_point()
+        is_float = (
+            param.get_dtype().startswith(("F", "BF")) if hasattr(param, "get_dtype") else param.is_floating_point()
+        )
         return dtype if is_float else None
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -191,7 +197,7 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
         for name, part in model.named_modules():
             if name and isinstance(part, PreTrainedModel) and any(isinstance(m, PackedModule) for m in part.modules()):
                 # Else saving the part alone would write packed weights under names that nothing reads.
-                part.hf_quantizer = PartOfPacked(self.quantization_config)
+                part.__dict__["hf_quantizer"] = PartOfPacked(self.quantization_config)
         mend_talker(model)
         return model
 
@@ -214,7 +220,7 @@ class NVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-class PartOfPacked(HfQuantizer):  # type: ignore[misc]
+class PartOfPacked(HfQuantizer):
     """Stands in a part of a packed model, which cannot be saved alone."""
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -256,5 +262,8 @@ def mend_talker(model: Any) -> None:
     talker, thinker = getattr(model, "talker", None), getattr(model, "thinker", None)
     if talker is None or thinker is None:
         return
-    if getattr(talker.config, "audio_config", None) is None and getattr(thinker.config, "audio_config", None) is not None:
+    if (
+        getattr(talker.config, "audio_config", None) is None
+        and getattr(thinker.config, "audio_config", None) is not None
+    ):
         talker.config.audio_config = thinker.config.audio_config

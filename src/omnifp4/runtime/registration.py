@@ -20,7 +20,7 @@ SHARED: Final = (COMPRESSED_TENSORS, AUTO_ROUND)
 """Methods of Transformers' own of which only some checkpoints are taken."""
 
 
-class ModelOptQuantizer(HfQuantizer):  # type: ignore[misc]
+class ModelOptQuantizer(HfQuantizer):
     """Makes an `NVFP4Quantizer`, whose module is imported only when a checkpoint needs it."""
 
     made_by_omnifp4 = True
@@ -52,7 +52,8 @@ def _carry_claim() -> None:
 
     Such a class reads its section of config.json, and the ``quantization_config`` beside that section is lost.
     """
-    original = PreTrainedConfig.get_config_dict.__func__
+    configs: Any = PreTrainedConfig
+    original = configs.get_config_dict.__func__
     if getattr(original, "made_by_omnifp4", False):
         return
 
@@ -67,17 +68,18 @@ def _carry_claim() -> None:
         return config, rest
 
     get_config_dict.made_by_omnifp4 = True  # type: ignore[attr-defined]
-    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)
+    configs.get_config_dict = classmethod(get_config_dict)
 
 
 def _share(method: str) -> None:
     """Take NVFP4-packed checkpoints of a method that is registered already."""
-    stock_config = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
-    stock_quantizer = auto.AUTO_QUANTIZER_MAPPING[method]
+    quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+    stock_config: Any = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+    stock_quantizer: Any = quantizers[method]
     if getattr(stock_quantizer, "made_by_omnifp4", False):
         return
 
-    class SharedConfig(stock_config):  # type: ignore[misc, valid-type]
+    class SharedConfig(stock_config):  # type: ignore[misc]
         """Reads a config into the class of whoever loads the checkpoint."""
 
         @classmethod
@@ -85,7 +87,7 @@ def _share(method: str) -> None:
             reader = NVFP4CheckpointConfig if announces_nvfp4(config_dict) else stock_config
             return reader.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
-    class SharedQuantizer(stock_quantizer):  # type: ignore[misc, valid-type]
+    class SharedQuantizer(stock_quantizer):  # type: ignore[misc]
         """Makes the quantizer of whoever loads the checkpoint."""
 
         made_by_omnifp4 = True
@@ -96,4 +98,4 @@ def _share(method: str) -> None:
             return stock_quantizer(quantization_config, **kwargs)
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = SharedConfig
-    auto.AUTO_QUANTIZER_MAPPING[method] = SharedQuantizer
+    quantizers[method] = SharedQuantizer

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -95,7 +96,7 @@ def _as_stored(value: Tensor, entry: TensorEntry) -> Tensor:
     """A tensor of its own storage over the same memory, in the dtype and shape on disk."""
     # Through DLPack, because parts of one storage would all be put in one shard and counted once.
     # One value may stand under two names on disk (gate and up), which safetensors takes only as two tensors.
-    alone = value.clone() if value.numel() == 1 else torch.from_dlpack(value.detach().contiguous())
+    alone = value.clone() if value.numel() == 1 else from_dlpack(value.detach().contiguous())
     if entry.dtype == "F8_E4M3":
         alone = alone.view(torch.float8_e4m3fn)
     return alone.reshape(entry.shape)

@@ -46,7 +46,9 @@ def read_scales(checkpoint: Checkpoint, placement: Placement) -> Scales:
 def _read(reader: CheckpointReader, entry: TensorEntry, subject: str) -> float:
     value = float(reader.read(entry).astype(np.float32).reshape(-1)[0])
     if not math.isfinite(value) or value <= 0:
-        raise CheckpointError(f"{subject}/{entry.shard}: scale {entry.name!r} is {value}; it must be positive and finite")
+        raise CheckpointError(
+            f"{subject}/{entry.shard}: scale {entry.name!r} is {value}; it must be positive and finite"
+        )
     return value
 
 

@@ -46,12 +46,16 @@ def likely_causes(reading: Sequence[tuple[int, Reading]]) -> list[str]:
     causes = []
     available = available_bytes()
     if available is not None and available < LOW_MEMORY_BYTES:
-        causes.append(f"memory is short ({available / 1e9:.1f} GB free): the machine swaps; close programs or load on a GPU")
+        causes.append(
+            f"memory is short ({available / 1e9:.1f} GB free): the machine swaps; close programs or load on a GPU"
+        )
     if reading:
         for file in dict.fromkeys(item.file for _, item in reading):
             system = file_system(Path(file))
             if system in REMOTE_FILE_SYSTEMS:
-                causes.append(f"{file} is on {system}, a network file system that does not answer; copy it to a local disk")
+                causes.append(
+                    f"{file} is on {system}, a network file system that does not answer; copy it to a local disk"
+                )
         causes.append("the disk is slow or busy, or the file is still being downloaded; look at its activity")
     else:
         causes.append("no file is being read: the model is being built or copied to the device; the stack below tells")

@@ -55,7 +55,7 @@ class Backend(ABC):
                 break
             position, token = chosen // index.shape[0], chosen % index.shape[0]
             gate, up = self.linear(hidden[token], module.gate_up(expert)).chunk(2, dim=-1)
-            output = self.linear(module.act_fn(gate) * up, module.down(expert))
+            output = self.linear(module.activate(gate) * up, module.down(expert))
             output = output * weights[token, position, None]
             mixed.index_add_(0, token, output.to(mixed.dtype))
         return mixed

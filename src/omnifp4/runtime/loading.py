@@ -69,7 +69,7 @@ def load(
         OmniFP4Error: anything about the arguments or the checkpoint that is not right; before weights are read, but for
             faults that only the weights show.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(Path(path))
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     wanted = _find_dtype(dtype, checkpoint.config)
     is_packed = _check_claim(checkpoint)
@@ -78,7 +78,9 @@ def load(
         choose_backend(target, backend)
     entries = {name: e for name, e in checkpoint.tensors.items() if speech or not name.startswith(_speech_prefixes())}
     _check_memory(sum(entry.nbytes for entry in entries.values()), target, checkpoint.location)
-    packed = {entry.name for item in find_linears(entries).values() for entry in tensors_of(item)} if is_packed else set()
+    packed = (
+        {entry.name for item in find_linears(entries).values() for entry in tensors_of(item)} if is_packed else set()
+    )
     watch = LoadProgress(
         show=progress is True or (progress is None and sys.stderr.isatty()),
         on_progress=progress if callable(progress) else None,
@@ -113,25 +115,27 @@ def _from_pretrained(
     config = transformers.AutoConfig.from_pretrained(checkpoint.location)
     if not speech:
         if not hasattr(config, "enable_audio_output"):
-            raise ModelError(f"{checkpoint.location}: a {config.model_type} has no speech to leave out", hint="drop speech=False")
+            raise ModelError(
+                f"{checkpoint.location}: a {config.model_type} has no speech to leave out", hint="drop speech=False"
+            )
         config.enable_audio_output = False
-    has_accelerate = find_spec("accelerate") is not None
     arguments = dict(options)
-    if device.type != "cpu" and has_accelerate:
+    # The quantizer places a packed checkpoint; for others Transformers needs accelerate.
+    if device.type != "cpu" and not hasattr(config, "quantization_config") and find_spec("accelerate") is not None:
         arguments["device_map"] = {"": device}
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         # A name and a state dict cannot be given together.
         model = _model_class(config).from_pretrained(None, config=config, dtype=dtype, state_dict=state, **arguments)
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     model.config.name_or_path = checkpoint.location
     if model.can_generate() and (Path(checkpoint.location) / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.location)
-    if device.type != "cpu" and not has_accelerate:
-        tell_once("accelerate is not installed, so wide tensors passed through host memory")
+    if model.device.type != device.type:
+        tell_once("accelerate is not installed, so the weights passed through host memory")
         model = model.to(device)
     return model
 
@@ -144,7 +148,9 @@ def _model_class(config: Any) -> Any:
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     found = getattr(transformers, named, None)
     if found is None:
-        raise ModelError(f"config.json: architectures names {named!r}, which transformers {transformers.__version__} lacks")
+        raise ModelError(
+            f"config.json: architectures names {named!r}, which transformers {transformers.__version__} lacks"
+        )
     return found
 
 
@@ -184,7 +190,9 @@ def _check_claim(checkpoint: Checkpoint) -> bool:
     if where == LEGACY_QUANT_CONFIG_NAME or where:
         told = f"its quantization is told only in {where}, where Transformers does not look"
     else:
-        told = f"{next(iter(found.values())).packed.name!r} holds NVFP4 codes, yet config.json has no quantization_config"
+        told = (
+            f"{next(iter(found.values())).packed.name!r} holds NVFP4 codes, yet config.json has no quantization_config"
+        )
     raise CheckpointError(f"{checkpoint.location}: {told}", hint=f"omnifp4 repair {checkpoint.location} OUT")
 
 
