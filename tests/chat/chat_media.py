@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import wave
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from omnifp4.chat.video import Video
+
 SECOND = 16_000
+
+STORY = (
+    "Tell me a short story about a dragon.",
+    "What is the dragon's name?",
+    "Where does it live?",
+    "Who is its friend?",
+    "How does the story end?",
+)
+"""Five turns, each of which builds on those before."""
 
 
 def tone(seconds: float = 1.0, rate: int = SECOND, hertz: float = 440.0) -> NDArray[np.float32]:
@@ -64,6 +76,12 @@ def video_file(
     return path
 
 
+def sounding_video(seconds: float = 2.0, hertz: float = 440.0) -> Video:
+    """Decoded noise with a tone."""
+    frames = np.stack([picture(seed=number) for number in range(int(seconds * 2))]).transpose(0, 3, 1, 2)
+    return Video(frames, tone(seconds, hertz=hertz))
+
+
 def data_url(mime: str, data: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
@@ -87,3 +105,11 @@ def long_wav(seconds: int, rate: int = 8000) -> bytes:
         "<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVE", b"fmt ", 16, 1, 1, rate, rate, 1, 8, b"data", len(data)
     )
     return header + data
+
+
+def read_wav(path: Path) -> tuple[int, NDArray[np.int16]]:
+    """Rate and samples of a 16-bit mono file, whose header must be right."""
+    with wave.open(str(path), "rb") as file:
+        assert (file.getnchannels(), file.getsampwidth()) == (1, 2)
+        assert path.stat().st_size == 44 + 2 * file.getnframes()
+        return file.getframerate(), np.frombuffer(file.readframes(file.getnframes()), np.int16)

@@ -1,6 +1,5 @@
 """The interactive loop and the one-shot: streams in, streams out, errors in one line."""
 
-
 from __future__ import annotations
 
 import io
@@ -15,8 +14,6 @@ pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("soundfile", reason="soundfile is not installed")
 
 import chat_media as made
-from test_chat_speech import read_wav
-from test_chat_turns import STORY
 
 from omnifp4.chat.console import run_chat, run_generate
 from omnifp4.chat.errors import ChatError
@@ -40,9 +37,11 @@ def talk(model: Any, *lines: str, **options: Any) -> tuple[Any, str, list[str]]:
 
 def test_five_turns_on_the_artifact(tiny_artifact: Path, transformers: Any) -> None:
     arguments = {"device": "cpu", "system": "You tell stories."}
-    chat, out, err = talk(tiny_artifact, *STORY, "/quit", "never", chat=arguments, max_new_tokens=12, temperature=0)
+    chat, out, err = talk(
+        tiny_artifact, *made.STORY, "/quit", "never", chat=arguments, max_new_tokens=12, temperature=0
+    )
     texts = [message["content"][0]["text"] for message in chat.history]
-    assert texts[::2] == list(STORY)
+    assert texts[::2] == list(made.STORY)
     shown = "".join(f"{text}\n" for text in texts[1::2])
     assert out == "".join(letter for letter in shown if letter in "\n\t" or letter.isprintable() or ord(letter) > 159)
     prompts = [int(line.partition(" ")[0]) for line in err if "tok/s" in line]
@@ -103,7 +102,7 @@ def test_speaking_saving_and_forgetting(new_chat: Callable[..., Any], tmp_path: 
     )
     assert "error: there is no speaker 'Bob' (speakers: " in err[0]
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == ["say it-1.wav", "say it-2.wav"]
-    assert len(read_wav(tmp_path / "say it-2.wav")[1]) > 10_000
+    assert len(made.read_wav(tmp_path / "say it-2.wav")[1]) > 10_000
     messages = json.loads(saved.read_text("utf-8"))
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 3]
     assert messages[1]["content"][0] == {"type": "image", "image": "a.png"}
@@ -141,7 +140,7 @@ def test_generate(new_chat: Callable[..., Any], tmp_path: Path) -> None:
         out=out,
         err=err,
     )
-    rate, samples = read_wav(wav)
+    rate, samples = made.read_wav(wav)
     assert rate == 24_000 and answer.waveform is not None and len(samples) == len(answer.waveform)
     assert "real-time factor" in err.getvalue() and out.getvalue().endswith("\n")
     with pytest.raises(ChatError, match="--speak"):
@@ -167,7 +166,7 @@ def test_generate_interrupted_leaves_a_valid_file(
     wav = tmp_path / "out.wav"
     answer = run_generate(new_chat(max_speech_seconds=60), "Hello", speak_path=wav, out=io.StringIO(), err=err)
     assert answer.finish_reason == "interrupted" and "interrupted" in err.getvalue()
-    assert len(read_wav(wav)[1]) == 12 * 1920 - 555
+    assert len(made.read_wav(wav)[1]) == 12 * 1920 - 555
 
 
 def test_text_cannot_steer_the_terminal(new_chat: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,11 @@
 """What the model is given: every medium reaches it, in place; the context has a rule; the template is checked."""
 
-
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed")
@@ -21,14 +19,8 @@ from omnifp4.chat.messages import normalise
 
 IMAGE = {"type": "image", "image": made.picture()}
 AUDIO = {"type": "audio", "audio": made.tone()}
+SOUNDING = {"type": "video", "video": made.sounding_video()}
 VIDEO = {"type": "video", "video": [made.picture(seed=number) for number in range(4)]}
-
-
-def sounding_video(seconds: float = 2.0) -> dict[str, Any]:
-    from omnifp4.chat.video import Video
-
-    frames = np.stack([made.picture(seed=number) for number in range(int(seconds * 2))]).transpose(0, 3, 1, 2)
-    return {"type": "video", "video": Video(frames, made.tone(seconds))}
 
 
 def inputs_of(chat: Any, *parts: Any) -> Any:
@@ -46,16 +38,7 @@ def logits_of(chat: Any, *parts: Any) -> Any:
         (IMAGE, "image_token_id", {"type": "image", "image": made.picture(seed=9)}),
         (AUDIO, "audio_token_id", {"type": "audio", "audio": made.tone(hertz=1000.0)}),
         (VIDEO, "video_token_id", {"type": "video", "video": [made.picture(seed=n) for n in range(5, 9)]}),
-        (
-            sounding_video(),
-            "audio_token_id",
-            {
-                "type": "video",
-                "video": sounding_video()["video"].__class__(
-                    sounding_video()["video"].frames, made.tone(2.0, hertz=900.0)
-                ),
-            },
-        ),
+        (SOUNDING, "audio_token_id", {"type": "video", "video": made.sounding_video(hertz=900.0)}),
     ],
     ids=["image", "audio", "video", "video with sound"],
 )
@@ -72,7 +55,12 @@ def test_each_medium_reaches_the_model(new_chat: Callable[..., Any], part: Any, 
 def test_token_counts(new_chat: Callable[..., Any]) -> None:
     chat = new_chat()
     config = chat.model.config.thinker_config
-    parts = [IMAGE, AUDIO, {"type": "audio", "audio": made.tone(2.0)}, sounding_video(4.0)]
+    parts = [
+        IMAGE,
+        AUDIO,
+        {"type": "audio", "audio": made.tone(2.0)},
+        {"type": "video", "video": made.sounding_video(4.0)},
+    ]
     ids = inputs_of(chat, *parts).tensors["input_ids"]
     # 64 x 96 pixels in merged patches of 32; 13 tokens a second of sound.
     assert int((ids == config.image_token_id).sum()) == 6
@@ -81,12 +69,12 @@ def test_token_counts(new_chat: Callable[..., Any]) -> None:
 
 def test_silent_and_sounding_videos_mix(new_chat: Callable[..., Any]) -> None:
     chat = new_chat()
-    inputs = inputs_of(chat, VIDEO, sounding_video(), AUDIO, IMAGE)
+    inputs = inputs_of(chat, VIDEO, SOUNDING, AUDIO, IMAGE)
     audio = int((inputs.tensors["input_ids"] == chat.model.config.thinker_config.audio_token_id).sum())
     assert inputs.sound_in_video and audio == 13 * (2 + 2 + 1), "the silent one has silence"
     answer = chat.ask(
         "What?",
-        videos=[VIDEO["video"], sounding_video()["video"]],
+        videos=[VIDEO["video"], made.sounding_video()],
         audios=made.tone(),
         images=made.picture(),
         speak=True,
@@ -99,7 +87,7 @@ def test_positions_and_logits_are_those_of_transformers(new_chat: Callable[..., 
     import torch
 
     chat = new_chat()
-    for parts in ([IMAGE, AUDIO], [sounding_video()], [VIDEO, AUDIO]):
+    for parts in ([IMAGE, AUDIO], [SOUNDING], [VIDEO, AUDIO]):
         inputs = inputs_of(chat, *parts)
         with torch.no_grad():
             output = chat.model.thinker(

@@ -62,6 +62,27 @@ def test_transparency_lies_on_white_and_16_bits_are_scaled() -> None:
     assert (np.asarray(load("image", deep)) == 128).all()
 
 
+def test_photos_are_turned_upright() -> None:
+    import io
+
+    from PIL import Image
+
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(made.picture()).save(file, "JPEG", exif=exif)
+    assert load("image", file.getvalue()).size == (64, 96)
+
+
+def test_stereo_files_are_mixed() -> None:
+    import io
+
+    import soundfile
+
+    file, wave = io.BytesIO(), made.tone()
+    soundfile.write(file, np.stack([wave, -wave], 1), made.SECOND, format="WAV")
+    assert np.abs(load("audio", file.getvalue())).max() < 1e-4
+
+
 @pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "MP3", "AIFF"])
 @pytest.mark.parametrize("rate", [8000, 16_000, 44_100])
 def test_audio_formats(form: str, rate: int) -> None:
@@ -175,6 +196,8 @@ FAULTS: list[tuple[str, str, Callable[[], Any], str]] = [
     ),
     ("image", "bad base64", lambda: "data:image/png;base64,@@@@", "base64 is damaged"),
     ("image", "no base64", lambda: "data:image/png,abc", "not base64"),
+    ("image", "eps", lambda: b"\xc5\xd0\xd3\xc6" + b"\x00" * 60, "damaged or no image"),
+    ("video", "playlist", lambda: b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "holds text, not video"),
     ("image", "shape", lambda: np.zeros((3, 3, 3, 3), np.uint8), "no image"),
     ("image", "values", lambda: np.full((8, 8, 3), 200.0), "outside [0, 1]"),
     ("image", "integers", lambda: np.zeros((8, 8, 3), np.int32), "not read"),
@@ -213,6 +236,23 @@ def test_each_fault_is_one_line(kind: str, name: str, source: Callable[[], Any],
         load(kind, source())
     assert says in str(told.value)
     assert "\n" not in str(told.value) and len(str(told.value)) < 400
+
+
+def test_playlists_open_nothing_else(tmp_path: Path) -> None:
+    """A playlist that does not look like text names a file that FFmpeg could read."""
+    inner = made.video_file(tmp_path / "inner.ts", seconds=2)
+    script = f"#EXTM3U\n#\xe9\xff\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{inner}\n#EXT-X-ENDLIST\n".encode("latin-1")
+    path = tmp_path / "list.m3u8"
+    path.write_bytes(script)
+    import av
+
+    with av.open(str(path)) as container:
+        assert container.format.name == "hls", "FFmpeg alone follows it"
+    for source in (path, script):
+        with pytest.raises(MediaError, match="damaged or no video"):
+            load("video", source)
+        with pytest.raises(MediaError, match="damaged or no audio"):
+            load("audio", source)
 
 
 def test_a_video_is_no_audio(tmp_path: Path) -> None:

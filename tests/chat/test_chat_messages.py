@@ -66,6 +66,8 @@ def test_roles() -> None:
     ]
     assert [message["role"] for message in normalise(written)] == ["system", "user", "assistant", "user"]
     assert turns(normalise(written)) == [[1, 2], [3]]
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    assert turns(normalise(twice)) == [[0, 1, 2]], "what is said in two messages is one turn"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,8 +65,13 @@ def script_of(chat: Any, **media: Any) -> tuple[Script, Any]:
 
 @pytest.mark.parametrize(
     "media",
-    [{}, {"audios": made.tone()}, {"images": made.picture(), "videos": [[made.picture()] * 4]}],
-    ids=["text", "audio", "image and video"],
+    [
+        {},
+        {"audios": made.tone()},
+        {"images": made.picture(), "videos": [[made.picture()] * 4]},
+        {"videos": [made.sounding_video()]},
+    ],
+    ids=["text", "audio", "image and video", "video with sound"],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_speech_is_that_of_transformers(
@@ -132,6 +136,7 @@ def test_speech_reproduces_and_depends_on_seed_and_speaker(new_chat: Callable[..
         return new_chat().ask("Hello", **{"speak": "Ethan", **arguments}).waveform
 
     first = say()
+    torch.manual_seed(99)
     state = torch.random.get_rng_state()
     assert (first == say()).all()
     assert torch.equal(state, torch.random.get_rng_state())
@@ -215,10 +220,14 @@ def test_leaving_early_ends_the_talker(new_chat: Callable[..., Any]) -> None:
     import threading
 
     chat = new_chat(max_speech_seconds=300)
+    steps: list[Any] = []
+    hook = chat.model.talker.register_forward_hook(lambda *_: steps.append(None))
     for event in chat.stream("Hello", speak=True):
         if isinstance(event, SpeechPiece):
             break
     del event
+    hook.remove()
+    assert len(steps) < 2000, "it had 3750 to make"
     assert all(thread.name != "omnifp4-speech" for thread in threading.enumerate())
     assert [message["role"] for message in chat.history] == ["user", "assistant"], "what was said stays"
 
@@ -238,26 +247,20 @@ def test_ctrl_c_while_speaking(new_chat: Callable[..., Any]) -> None:
     assert chat.ask("And?", speak=True, max_speech_seconds=1.0).waveform is not None
 
 
-def read_wav(path: Path) -> tuple[int, Any]:
-    with wave.open(str(path), "rb") as file:
-        assert (file.getnchannels(), file.getsampwidth()) == (1, 2)
-        return file.getframerate(), np.frombuffer(file.readframes(file.getnframes()), "<i2")
-
-
 def test_wav_is_valid_after_each_chunk(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
     tone = made.tone(0.1, 24_000)
     writer = WavWriter(path)
-    assert len(read_wav(path)[1]) == 0
+    assert len(made.read_wav(path)[1]) == 0
     for count in (1, 2):
         writer.write(tone)
-        rate, samples = read_wav(path)
+        rate, samples = made.read_wav(path)
         assert rate == 24_000 and len(samples) == count * len(tone)
     writer.close()
-    assert np.abs(read_wav(path)[1][: len(tone)] / 32767 - tone).max() < 1 / 32767
+    assert np.abs(made.read_wav(path)[1][: len(tone)] / 32767 - tone).max() < 1 / 32767
     with pytest.raises(KeyboardInterrupt), WavWriter(path) as again:
         again.write(np.array([2.0, -2.0], np.float32))
         raise KeyboardInterrupt
-    assert read_wav(path)[1].tolist() == [32767, -32767]
+    assert made.read_wav(path)[1].tolist() == [32767, -32767]
     with pytest.raises(ChatError, match="cannot write"):
         WavWriter(tmp_path / "none" / "a.wav")

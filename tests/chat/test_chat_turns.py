@@ -17,14 +17,6 @@ from omnifp4.chat.errors import ChatError, MediaError
 from omnifp4.chat.generation import ThinkerDecoder
 from omnifp4.chat.omni_chat import OmniChat
 
-STORY = (
-    "Tell me a short story about a dragon.",
-    "What is the dragon's name?",
-    "Where does it live?",
-    "Who is its friend?",
-    "How does the story end?",
-)
-
 
 def expected_prompt(system: str, turns: list[tuple[str, str]], question: str) -> str:
     text = f"<|im_start|>system\n{system}<|im_end|>\n"
@@ -51,7 +43,7 @@ def test_five_turns_of_a_story(
 
     chat.start_text = listen
     turns: list[tuple[str, str]] = []
-    for number, question in enumerate(STORY):
+    for number, question in enumerate(made.STORY):
         answer = chat.ask(question)
         prompt = expected_prompt("You tell stories.", turns, question)
         assert read[number].tensors["input_ids"][0].tolist() == tokenizer(prompt)["input_ids"]
@@ -59,7 +51,7 @@ def test_five_turns_of_a_story(
         turns.append((question, answer.text))
     assert [message["role"] for message in chat.history] == ["user", "assistant"] * 5
     assert len({answer for _, answer in turns}) == 5
-    alone = new_chat(system="You tell stories.", temperature=1.0, seed=7, max_new_tokens=24, **extra).ask(STORY[4])
+    alone = new_chat(system="You tell stories.", temperature=1.0, seed=7, max_new_tokens=24, **extra).ask(made.STORY[4])
     assert alone.text != turns[4][1], "the turns before shape the answer"
 
 
@@ -216,6 +208,14 @@ def test_rules_reach_the_conversation(new_chat: Callable[..., Any], tmp_path: Pa
         new_chat(rules=MediaRules(allow_files=False)).ask("Hello", audios=path)
     answer = new_chat(rules=MediaRules(max_audio_seconds=1, long_media="trim")).ask("Hello", audios=path)
     assert "only the first 1 s" in answer.stats.notes[0] and "only the first 1 s" in answer.stats.line()
+
+
+def test_other_models_are_told(processor: Any) -> None:
+    from types import SimpleNamespace
+
+    other = SimpleNamespace(thinker=None, config=SimpleNamespace(model_type="qwen2_5_omni"))
+    with pytest.raises(ChatError, match=r"type 'qwen2_5_omni' \(allowed: qwen3_omni_moe\)"):
+        OmniChat(other, processor=processor)
 
 
 def test_wrong_models_and_processors_are_told(model: Any, processor: Any, tmp_path: Path) -> None:

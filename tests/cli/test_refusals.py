@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from command_line import nothing_whole, refused, run
 
+import omnifp4
+from omnifp4.errors import CheckpointError
 from small_checkpoints import QWEN3_MOE, Tensor, Tensors, fused, random_tensors, write_checkpoint
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -207,10 +209,11 @@ def test_an_artifact_is_no_source(tiny_artifact: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_is_a_file_or_nothing(sound: Path, tmp_path: Path) -> None:
     refused(run("quantize", sound / "config.json", tmp_path / "out"), "config.json: no folder")
-    refused(run("quantize", tmp_path / "no" / "where", tmp_path / "out"), "neither a local folder nor a Hub id")
     refused(run("quantize", "Some/Model", tmp_path / "out"), "Some/Model", "HF_HUB_OFFLINE")
-    refused(run("quantize", tmp_path, tmp_path / "out"), "config.json: no such file")
-    refused(run("plan", ""), "neither a local folder nor a Hub id")
+    refused(run("plan", tmp_path), "config.json: no such file")
+    for model in (str(tmp_path / "no" / "where"), ""):
+        with pytest.raises(CheckpointError, match="neither a local folder nor a Hub id"):
+            omnifp4.plan(model)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -218,10 +221,7 @@ def test_an_out_that_cannot_be(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(run("quantize", source, source), "exists already")
     refused(run("quantize", source, source / "out"), "lies inside the source")
-    refused(run("quantize", source, tmp_path / "file"), "exists already")
     refused(run("quantize", source, tmp_path / "file" / "out"), "Not a directory")
-    refused(run("quantize", source, tmp_path / ("x" * 300)), "too long")
-    refused(run("quantize", source, "."), "exists already")
     assert run("quantize", source, tmp_path / "made" / "with" / "parents").returncode == 0
 
 

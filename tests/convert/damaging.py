@@ -111,7 +111,16 @@ class Damaged:
             size = sum(tensor.bits.nbytes for tensor in self.tensors.values())
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        self._fit_receipt(folder)
         return folder
+
+    def _fit_receipt(self, folder: Path) -> None:
+        """Headers written here have other sizes than the package's; the record shall not find fault with that."""
+        path = folder / "omnifp4.json"
+        if path.exists() and path.read_bytes().startswith(b'{"'):
+            sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+            receipt = json.loads(path.read_text()) | {"shards": sizes, "weight_bytes": sum(sizes.values())}
+            path.write_text(json.dumps(receipt))
 
     def values(self) -> dict[str, npt.NDArray[np.uint16]]:
         """BF16 bits of every decoded linear."""

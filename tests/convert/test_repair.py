@@ -186,6 +186,30 @@ def test_input_scales_of_fused_linears_are_made_equal(damaged: Damaged, mended: 
     assert set(kinds(receipt)) == {"scales.input"}
 
 
+def test_an_absurd_input_scale_counts_as_missing(damaged: Damaged, mended: Mended) -> None:
+    damaged.make_w4a4(0.5)
+    name = DOWN + INPUTS[damaged.dialect]
+    damaged.tensors[name] = Tensor("F32", np.full(damaged.tensors[name].bits.shape, 1e-44, dtype="<f4"))
+    receipt, _ = mended(damaged)
+    assert [(mend.kind, mend.subject) for mend in receipt.mended] == [("scales.input", DOWN)]
+
+
+def test_block_scales_of_another_type_keep_their_bytes(damaged: Damaged, mended: Mended) -> None:
+    before = damaged.values()
+    name = f"{DOWN}.weight_scale"
+    damaged.tensors[name] = Tensor("U8", damaged.tensors[name].bits)
+    receipt, after = mended(damaged)
+    assert kinds(receipt) == {"linear.dtype": 1}
+    assert after.tensors[name].dtype == "F8_E4M3"
+    assert all(np.array_equal(value, before[module]) for module, value in after.values().items())
+
+
+def test_a_cache_that_cannot_be_said_again(damaged: Damaged, tmp_path: Path) -> None:
+    damaged.quantization.update(ignore=[], kv_cache_scheme={"num_bits": 4, "type": "int"})
+    receipt = repair(damaged.write(tmp_path / "in"), tmp_path / "out")
+    assert [entry.kind for entry in receipt.unmended] == ["config.cache"]
+
+
 CONFIG_DAMAGE: dict[str, Callable[[Damaged], object]] = {
     "no ignore": lambda a: a.quantization.update(ignore=[]),
     "too much ignored": lambda a: a.quantization.update(ignore=["lm_head", "*.mlp.gate", "model.layers.0*", "re:.*"]),

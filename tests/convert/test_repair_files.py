@@ -116,6 +116,18 @@ def test_an_unreadable_receipt_is_replaced(damaged: Damaged, tmp_path: Path) -> 
     assert read_json(tmp_path / "out" / "omnifp4.json")["receipt"] == "repair"
 
 
+def test_a_receipt_of_other_files_is_brought_up_to_date(moe_artifacts: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(moe_artifacts["modelopt"], tmp_path / "in")
+    record = read_json(source / "omnifp4.json")
+    record["shards"] = {"model-00001-of-00002.safetensors": 7}
+    del record["tensors"]["lm_head.weight"]
+    (source / "omnifp4.json").write_text(json.dumps(record))
+    assert verify(source).verdict is Verdict.FAIL
+    receipt = repair(source, tmp_path / "out")
+    assert {entry.kind for entry in receipt.mended} == {"receipt"}
+    assert verify(tmp_path / "out").verdict is Verdict.PASS
+
+
 def test_what_is_no_artifact_folder(tmp_path: Path, damaged: Damaged) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         repair(tmp_path / "nowhere", tmp_path / "out")

@@ -205,3 +205,24 @@ def test_an_original_of_another_model_is_refused(damaged: Damaged, tiny_omni: Pa
 def test_an_original_that_is_quantized_is_refused(moe_artifacts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="already quantized"):
         repair(moe_artifacts["modelopt"], tmp_path / "out", with_source=moe_artifacts["modelopt"])
+
+
+def test_settings_and_files_come_from_the_original(
+    omni_artifacts: dict[str, Path], tiny_omni: Path, tmp_path: Path
+) -> None:
+    artifact = Damaged(omni_artifacts["modelopt"], receipt=True)
+    text = artifact.config["thinker_config"]["text_config"]
+    was = text["rms_norm_eps"]
+    text["rms_norm_eps"] = 0.5
+    artifact.files["tokenizer_config.json"] = b'{"torn": '
+    del artifact.files["vocab.json"]
+    source = artifact.write(tmp_path / "in")
+    assert verify(source, against=tiny_omni).verdict is Verdict.FAIL
+    receipt = repair(source, tmp_path / "out", with_source=tiny_omni)
+    assert sorted((entry.kind, entry.subject) for entry in receipt.mended) == [
+        ("config.source", "thinker_config.text_config.rms_norm_eps"),
+        ("files.side", "tokenizer_config.json"),
+        ("files.side", "vocab.json"),
+    ]
+    assert verify(tmp_path / "out", against=tiny_omni).verdict is Verdict.PASS
+    assert Damaged(tmp_path / "out").config["thinker_config"]["text_config"]["rms_norm_eps"] == was

@@ -225,6 +225,8 @@ def test_the_released_layout_is_planned_from_headers_in_two_seconds(released_sta
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         # Processor time, start of the interpreter included: other tests run beside this one.
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if seconds[-1] < 2.0:
+            break
     assert min(seconds) < 2.0
     assert not {"torch", "numba", "transformers", "huggingface_hub"} & set(told["modules"])
     headers = sum(shard.stat().st_size for shard in released_stand_in.glob("*.json"))

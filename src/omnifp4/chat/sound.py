@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omnifp4.chat.errors import MediaError, need
-from omnifp4.chat.sources import Encoded, sniff
+from omnifp4.chat.sources import Encoded, open_container
 
 Samples = NDArray[np.float32]
 """Mono, 16 kHz, shape ``(samples,)``."""
@@ -40,13 +40,11 @@ def decode_audio(encoded: Encoded, max_seconds: float, too_long: TooLong, where:
     Returns:
         The samples, and a note on what was cut or an empty string.
     """
-    kinds, _ = sniff(encoded.head())
     sf = need("soundfile", "reading audio")
     try:
         file = sf.SoundFile(encoded.open())
     except (sf.LibsndfileError, RuntimeError) as error:
-        if kinds == {"audio"} and encoded.head()[8:12] == b"WAVE" and encoded.head()[:4] != b"RIFF":
-            raise MediaError(f"{where}: {encoded.name} is damaged: {error}") from error
+        del error  # PyAV reads more, and says what is wrong with the rest.
         return _decode_with_av(encoded, max_seconds, too_long, where)
     with file:
         seconds = file.frames / file.samplerate
@@ -102,8 +100,7 @@ def audio_from_array(
 
 def audio_track(encoded: Encoded, max_seconds: float, where: str) -> Samples | None:
     """The sound of a video, cut at `max_seconds`; None where it has none."""
-    av = need("av", "reading video sound")
-    with av.open(encoded.open()) as container:
+    with open_container(encoded) as container:
         if not container.streams.audio:
             return None
     try:
@@ -121,7 +118,7 @@ def _decode_with_av(
 ) -> tuple[Samples, str]:
     av = need("av", "reading audio")
     try:
-        with av.open(encoded.open()) as container:
+        with open_container(encoded) as container:
             if not container.streams.audio:
                 raise MediaError(f"{where}: {encoded.name} has no sound", hint="pass it as video or image")
             moving = [stream for stream in container.streams.video if not stream.disposition & 0x400]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omnifp4.chat.errors import MediaError
+from omnifp4.chat.errors import MediaError, need
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
@@ -96,6 +96,16 @@ def fetch(source: str | os.PathLike[str] | bytes, kind: str, reach: Reach, where
     if isinstance(encoded.content, bytes) and len(encoded.content) > reach.max_bytes:
         raise MediaError(f"{where}: {encoded.name} holds more than the limit of {reach.max_bytes:,} bytes")
     return _checked(encoded, kind, declared, where)
+
+
+CONTAINERS = "aac,ac3,aiff,amr,asf,avi,flac,flv,gif,matroska,mov,mp3,mpeg,mpegts,mpegvideo,ogg,wav"
+"""What FFmpeg may read: no playlists and scripts, which name other files and addresses that it would then open."""
+
+
+def open_container(encoded: Encoded) -> Any:
+    """Opens audio or video with PyAV; raises its errors."""
+    av = need("av", "reading audio and video")
+    return av.open(encoded.open(), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
 
 
 def sniff(head: bytes) -> tuple[frozenset[str], str]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from omnifp4.chat.errors import MediaError, need
 from omnifp4.chat.images import pixels
 from omnifp4.chat.sound import RATE, Samples, TooLong, audio_track
-from omnifp4.chat.sources import Encoded
+from omnifp4.chat.sources import Encoded, open_container
 
 FRAMES_PER_SECOND = 2.0
 TOKEN_PIXELS = 32 * 32
@@ -64,7 +64,7 @@ def decode_video(encoded: Encoded, sound: bool, limits: VideoLimits, where: str)
     av = need("av", "reading video")
     most = int(limits.max_seconds * FRAMES_PER_SECOND)
     try:
-        with av.open(encoded.open()) as container:
+        with open_container(encoded) as container:
             if not container.streams.video:
                 raise MediaError(f"{where}: {encoded.name} has no picture", hint="pass it as audio")
             stream = container.streams.video[0]

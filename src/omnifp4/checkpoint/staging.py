@@ -57,6 +57,12 @@ class Staging:
                 f"{self.folder}: left by an unfinished run", hint="add --resume to continue it, or remove the folder"
             )
         try:
+            if self.folder.exists() and not (self.folder / JOURNAL_NAME).exists() and any(self.folder.iterdir()):
+                # A run makes its journal before anything else.
+                raise OutputError(
+                    f"{self.folder}: holds files but no journal, so no unfinished run left it",
+                    hint="choose another OUT, or move that folder away",
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
             self._journal = os.open(self.folder / JOURNAL_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Final
 
 import typer
 
 from omnifp4.cli import convert, demo, plan, quantize, verify
 from omnifp4.errors import OmniFP4Error, ProofError
+
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C: 128 and the number of the signal."""
 
 app = typer.Typer(
     name="omnifp4",
@@ -53,9 +57,14 @@ def run() -> None:
     except ProofError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; a run with --resume goes on where this one stopped\n")
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as end:
+        # typer makes an exit status of an interrupt, and says nothing.
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
+        resumable = sys.argv[1:2] in (["quantize"], ["convert"], ["repair"])
+        more = "; a run with --resume goes on where this one stopped" if resumable else ""
+        sys.stderr.write(f"interrupted{more}\n")
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone away; keep the interpreter from complaining about it at exit.
         _drop_stdout()
@@ -71,7 +80,7 @@ def _open_closed_streams() -> None:
     """Give a program that was started without stdout or stderr one that takes everything."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for the whole run
 
 
 def _drop_stdout() -> None:

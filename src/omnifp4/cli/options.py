@@ -37,7 +37,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an inter
 
 def parse_size(text: str) -> int:
     """Bytes of ``5GB``, ``500MB``, ``4GiB`` or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     unit = SIZE_UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None or not 1 <= float(match.group(1)) * unit < 2**63:
         raise OmniFP4Error(f"size {text[:40]!r} is not a number with one of {', '.join(filter(None, SIZE_UNITS))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,8 +142,3 @@ def in_file_order(checkpoint: Checkpoint) -> list[list[TensorEntry]]:
     for entry in checkpoint.tensors.values():
         shards[entry.shard].append(entry)
     return [sorted(entries, key=lambda entry: entry.begin) for entries in shards.values()]
-
-
-def count_text(counts: Counter[str]) -> str:
-    """``3 of a, 1 of b``."""
-    return ", ".join(f"{count:,} {name}" for name, count in counts.most_common())

@@ -11,6 +11,7 @@ from omnifp4.checkpoint.dtypes import NUMPY_DTYPES, WIDE_FLOATS
 from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.convert.artifact import LEFTOVER_SUFFIXES, Artifact
+from omnifp4.convert.judge_coverage import is_readable
 from omnifp4.convert.ledger import Ledger
 from omnifp4.convert.original import Original
 from omnifp4.convert.patient import Patient, Treatment
@@ -87,7 +88,7 @@ def judge_missing(patient: Patient, treatment: Treatment, weight_map: Mapping[st
 def should_be_fp4(artifact: Artifact, spec: TensorSpec, weight_map: Mapping[str, str]) -> bool:
     """Whether a missing linear was in NVFP4: parts of it are left, the index names some, or its like are."""
     parts = {spec.module + suffix for suffix in PART_SUFFIXES}
-    if not parts.isdisjoint(artifact.checkpoint.tensors) or not parts.isdisjoint(weight_map):
+    if is_readable(spec) and not (parts.isdisjoint(artifact.checkpoint.tensors) and parts.isdisjoint(weight_map)):
         return True
     if spec.name in weight_map:
         return False

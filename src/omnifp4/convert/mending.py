@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ from omnifp4.convert.judge_config import judge_claim, settle_speech
 from omnifp4.convert.judge_coverage import find_stray_wide, judge_coverage
 from omnifp4.convert.judge_inputs import judge_inputs
 from omnifp4.convert.judge_linears import judge_linears
+from omnifp4.convert.judge_package import find_lost_files, settle_settings
 from omnifp4.convert.judge_receipt import judge_receipt
 from omnifp4.convert.judge_tensors import judge_leftovers, judge_missing, judge_unreadable, judge_wide
 from omnifp4.convert.ledger import Ledger
@@ -91,6 +93,8 @@ def repair(
                     config = {**without_claims(config), "quantization_config": treatment.quantization_config}
                 updates = _updates(source, receipt, config)
                 write_package(source, staging.folder, config, planned, receipt, updates, _note(receipt))
+                for name, origin in treatment.side_files.items():
+                    shutil.copyfile(origin, staging.folder / name)
                 staging.commit()
             except OSError as error:
                 raise output_error(error, staging.folder) from error
@@ -103,7 +107,8 @@ def examine(
     """Find everything that is wrong, and decide what to do about it. `stack` closes the artifact's files."""
     ledger, treatment = Ledger(), Treatment()
     opened = open_leniently(source, ledger)
-    artifact = read_artifact(settle_speech(opened.checkpoint, original, ledger))
+    checkpoint = settle_settings(opened.checkpoint, original, ledger)
+    artifact = read_artifact(settle_speech(checkpoint, original, ledger))
     reader = stack.enter_context(CheckpointReader(artifact.checkpoint))
     weight_map = opened.weight_map or {}
     if not artifact.linears:
@@ -120,6 +125,7 @@ def examine(
         )
     receipt = read_receipt(source)
     judge_receipt(source, receipt, artifact.checkpoint, ledger)
+    treatment.side_files = find_lost_files(source, original, ledger, is_ours=receipt is not None)
     changed = changed_tensors(reader, receipt, threads)
     patient = Patient(artifact, reader, states, changed, original, estimate, ledger)
     missing = artifact.layout.missing(artifact.logical_names)

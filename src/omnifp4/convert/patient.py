@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ class Treatment:
         restored: tensor scales, as stored, that the codes of a module were really made for.
         tensor_scales: new tensor scales as stored, by module, where codes and block scales are fitted to them.
         input_scales: new input scales as stored, by module.
+        side_files: files copied from the original, by path in the folder.
         activations: of the new config.
         quantization_config: of the new config; empty where the old one stays.
     """
@@ -72,6 +74,7 @@ class Treatment:
     restored: dict[str, np.float32] = field(default_factory=dict)
     tensor_scales: dict[str, np.float32] = field(default_factory=dict)
     input_scales: dict[str, np.float32] = field(default_factory=dict)
+    side_files: dict[Path, Path] = field(default_factory=dict)
     activations: Activations = Activations.WIDE
     quantization_config: dict[str, Any] = field(default_factory=dict)
 

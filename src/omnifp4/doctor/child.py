@@ -20,8 +20,10 @@ LOOK_S: Final = 0.5
 """How often the process's own counters are read."""
 DUMP_S: Final = 3.0
 TAIL_LINES: Final = 4000
+LINE_LIMIT: Final = 1 << 16
 RSS_STEP: Final = 1 << 24
-BUSY_SHARE: Final = 0.5
+BUSY_SHARE: Final = 0.05
+"""Of a processor; other programs may take the rest."""
 
 BOOT: Final = """
 import importlib.util, sys
@@ -79,14 +81,25 @@ class Child:
         self._reader.start()
 
     def _read(self, stream: IO[bytes]) -> None:
-        for raw in stream:
-            self._bytes += len(raw)
-            line = raw.decode(errors="replace").rstrip("\n").rpartition("\r")[2] or raw.decode(errors="replace").strip()
-            self._run.lines.append(line)
-            if len(self._run.lines) > TAIL_LINES:
-                del self._run.lines[: TAIL_LINES // 2]
-            if self._on_output is not None:
-                self._on_output(line)
+        rest = b""
+        while chunk := os.read(stream.fileno(), 1 << 16):
+            self._bytes += len(chunk)
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                self._take(line)
+            if len(rest) > LINE_LIMIT:
+                rest = rest[-LINE_LIMIT:]
+        if rest:
+            self._take(rest)
+
+    def _take(self, raw: bytes) -> None:
+        """One line; of a progress bar that overwrites itself, its last state."""
+        line = raw.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
+        self._run.lines.append(line)
+        if len(self._run.lines) > TAIL_LINES:
+            del self._run.lines[: TAIL_LINES // 2]
+        if self._on_output is not None:
+            self._on_output(line)
 
     def wait(self, timeout: float | None, stall_seconds: float, is_loading: Callable[[], bool]) -> Run:
         """Until it ends, or is stopped.

@@ -62,7 +62,12 @@ VLLM_OMNI_TRITON_EXPERTS: Final = Span("0.30", "0.30")
 EDGE_LLM_WITH_OMNI: Final = Span("0.9")
 SGLANG_SEEN: Final = "0.5.23"
 
-NEWEST: Final[Mapping[str, str]] = {"vllm": "0.33", "vllm-omni": "0.30", "sglang": SGLANG_SEEN, "tensorrt-edgellm": "0.11"}
+NEWEST: Final[Mapping[str, str]] = {
+    "vllm": "0.33",
+    "vllm-omni": "0.30",
+    "sglang": SGLANG_SEEN,
+    "tensorrt-edgellm": "0.11",
+}
 """What is assumed where an engine is not installed."""
 
 INSTALL: Final[Mapping[str, str]] = {

@@ -2,88 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass, field
-
 from omnifp4.doctor import engine_rules as rules
 from omnifp4.doctor.facts import Facts, Kind
-from omnifp4.doctor.fit import GPU_ROOM_BYTES, LEAST_TOKENS, best_row, devices_of, list_loads
-from omnifp4.doctor.packages import Installed
+from omnifp4.doctor.fit import GPU_ROOM_BYTES, LEAST_TOKENS, best_row, devices_of, gb, list_loads
+from omnifp4.doctor.question import CAN, CANNOT, NOT_KNOWN, Judgement, Question
 from omnifp4.doctor.reading import Reading, read_by_vllm, read_by_vllm_omni
 from omnifp4.doctor.versions import minor, numbers
-from omnifp4.receipt.base import Verdict
-from omnifp4.receipt.doctor import Ability, Concern, EngineRow, Fit, Machine, Severity
-from omnifp4.receipt.verification import Check
+from omnifp4.receipt.doctor import Ability, EngineRow, Severity
 
-CAN, CANNOT, NOT_KNOWN = Ability.CAN, Ability.CANNOT, Ability.NOT_KNOWN
 OMNI_TYPES = ("qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen2_5_omni")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One checkpoint on one machine.
-
-    Attributes:
-        path: as the person wrote it.
-        checks: structural ones.
-        device_memory: bytes of a GPU that one asks about; None: the machine's own.
-        concerns: how it is about to be misused.
-    """
-
-    path: str
-    facts: Facts
-    checks: tuple[Check, ...]
-    machine: Machine
-    installed: Installed
-    fit: Fit | None
-    device_memory: int | None = None
-    concerns: tuple[Concern, ...] = ()
-
-    @property
-    def argument(self) -> str:
-        """The path as a shell takes it."""
-        return shlex.quote(self.path)
-
-    @property
-    def broken(self) -> str:
-        """What is wrong with its tensors, for any engine."""
-        wrong = ("tensors.", "files.", "fp4.present", "config.scheme")
-        found = (c for c in self.checks if c.verdict is Verdict.FAIL and c.name.startswith(wrong))
-        return next((f"{check.title}: {check.summary}" for check in found), "")
-
-    @property
-    def capability(self) -> str:
-        """Compute capability of the first GPU."""
-        return self.machine.accelerators[0].compute_capability if self.machine.accelerators else ""
-
-    @property
-    def has_gpu(self) -> bool:
-        """Whether there is a GPU that torch can use, or one that is asked about."""
-        return bool(self.machine.accelerators) or self.device_memory is not None
-
-    @property
-    def is_thor(self) -> bool:
-        """Whether this is a Jetson Thor."""
-        return self.capability.startswith("11.") or any("Thor" in gpu.name for gpu in self.machine.accelerators)
-
-
-@dataclass
-class Judgement:
-    """A judgement in the making: it only ever gets worse."""
-
-    ability: Ability = CAN
-    reasons: list[str] = field(default_factory=list)
-    fix: str = ""
-
-    def say(self, ability: Ability, reason: str, fix: str = "") -> None:
-        """Add a reason; the worst ability counts, and its reasons come first."""
-        order = (CAN, NOT_KNOWN, CANNOT)
-        if order.index(ability) > order.index(self.ability):
-            self.ability, self.fix = ability, fix
-            self.reasons.insert(0, reason)
-        else:
-            self.fix = self.fix or fix
-            self.reasons.append(reason)
 
 
 def judge_engines(question: Question) -> tuple[EngineRow, ...]:
@@ -108,8 +35,8 @@ def _row(
     question: Question, engine: str, judged: Judgement, read: Reading, original: Ability, version: str, command: str
 ) -> EngineRow:
     artifact = read.ability
-    if question.broken:
-        judged.say(CANNOT, question.broken, f"omnifp4 verify {question.argument}")
+    if broken := question.broken(memory_names=engine == rules.TRANSFORMERS):
+        judged.say(CANNOT, broken, f"omnifp4 verify {question.argument}")
         artifact = CANNOT
     return EngineRow(
         engine=engine,
@@ -161,7 +88,10 @@ def _read_by_transformers(facts: Facts) -> Reading:
     elif facts.kind is Kind.CLAIM_ONLY:
         read.say(CANNOT, "its config claims NVFP4, but no tensor is", "omnifp4 quantize ORIGINAL OUT")
     elif facts.kind is Kind.OTHER:
-        read.say(NOT_KNOWN, f"it is quantized with {facts.dialect or 'an unknown method'}, not NVFP4: Transformers' own loader decides")
+        read.say(
+            NOT_KNOWN,
+            f"it is quantized with {facts.dialect or 'an unknown method'}, not NVFP4: Transformers' own loader decides",
+        )
     return read
 
 
@@ -169,7 +99,9 @@ def _judge_processor(question: Question, judged: Judgement) -> None:
     installed = question.installed
     versions = {"torch": installed["torch"]}
     if not installed["torchvision"]:
-        judged.say(CANNOT, "torchvision is not installed, and the processor needs it", rules.INSTALL[rules.TRANSFORMERS])
+        judged.say(
+            CANNOT, "torchvision is not installed, and the processor needs it", rules.INSTALL[rules.TRANSFORMERS]
+        )
     else:
         for reason in rules.broken_pairs("torchvision", installed["torchvision"], versions):
             judged.say(CANNOT, reason, "pip install the torchvision of the same release as torch")
@@ -193,17 +125,22 @@ def _judge_memory(question: Question, judged: Judgement) -> None:
         silent = best_row(question.fit, name, speech=False)
         for row, lack in ((whole, ""), (silent, ", without speech")):
             if row is not None and row.most_tokens >= _least_tokens(question):
-                judged.say(CAN, f"fits {name}{lack}: {row.weight_bytes / 1e9:.3g} GB of weights, {row.most_tokens:,} tokens")
+                judged.say(CAN, f"fits {name}{lack}: {gb(row.weight_bytes)} of weights, {row.most_tokens:,} tokens")
                 return
         if silent is not None:
-            told.append(f"{name} has {size / 1e9:.3g} GB free, {silent.needed_bytes / 1e9:.3g} GB are needed")
+            told.append(f"{name} has {gb(size)} free, {gb(silent.needed_bytes)} are needed")
     if told:
-        smaller = "" if question.facts.kind is Kind.NVFP4 else f"omnifp4 plan {question.argument} shows what NVFP4 would need"
+        smaller = (
+            "" if question.facts.kind is Kind.NVFP4 else f"omnifp4 plan {question.argument} shows what NVFP4 would need"
+        )
         judged.say(CANNOT, f"it does not fit: {'; '.join(told)}", smaller or "a device with more memory; see the tiers")
 
 
 def _judge_gpu(question: Question, judged: Judgement, *, nvfp4: bool) -> None:
     """What engines that need a GPU say to this one."""
+    if question.machine.torch_problem and question.device_memory is None:
+        judged.say(CANNOT, question.machine.torch_problem, "a torch built for the driver's CUDA version")
+        return
     if not question.has_gpu:
         judged.say(CANNOT, "there is no GPU, and it has no NVFP4 kernel for CPUs" if nvfp4 else "there is no GPU")
         return
@@ -233,7 +170,9 @@ def _judge_room(question: Question, judged: Judgement, *, speech: bool) -> str:
     """Flags for memory; says so if there is not enough of it."""
     tokens = _served_tokens(question, speech=speech)
     if question.has_gpu and question.fit is not None and tokens < min(1024, _least_tokens(question)):
-        judged.say(CANNOT, "the GPU's memory is too small for weights and cache", "a larger GPU, or --tensor-parallel-size")
+        judged.say(
+            CANNOT, "the GPU's memory is too small for weights and cache", "a larger GPU, or --tensor-parallel-size"
+        )
     return f" --max-model-len {tokens} --gpu-memory-utilization 0.9" if tokens else ""
 
 
@@ -266,7 +205,9 @@ def _vllm(question: Question) -> EngineRow:
     version = _version(question, "vllm")
     original = Judgement()
     if facts.model_type in OMNI_TYPES and not rules.VLLM_WITH_OMNI_THINKER.holds(version):
-        original.say(CANNOT, f"vLLM {version} does not know this architecture", "vLLM 0.20 or later, with vLLM-Omni for speech")
+        original.say(
+            CANNOT, f"vLLM {version} does not know this architecture", "vLLM 0.20 or later, with vLLM-Omni for speech"
+        )
     elif not rules.VLLM_READ.holds(version):
         original.say(NOT_KNOWN, f"vLLM {version} was not read here, {rules.VLLM_READ} were")
     read = read_by_vllm(facts, question.checks, version)
@@ -335,10 +276,10 @@ def _edge_llm(question: Question) -> EngineRow:
         judged.say(CANNOT, f"TensorRT-Edge-LLM {version} does not know Qwen3-Omni", "0.9.0 or later")
     if facts.kind is Kind.NVFP4 and facts.dialect != "modelopt":
         read.say(CANNOT, f"it takes ModelOpt's form; it refused {facts.dialect} in 0.9.1", rules.TO_MODELOPT)
-    elif facts.kind is Kind.NVFP4:
+    elif facts.kind is Kind.NVFP4 and facts.model_type == "qwen3_omni_moe":
         read.say(CAN, "ModelOpt's form; towers, code2wav, talker projections and the code predictor's head stay FP16")
     else:
-        read.say(NOT_KNOWN, "only its NVFP4 form has been told of")
+        read.say(NOT_KNOWN, "only Qwen3-Omni in NVFP4 has been told of here")
     _hear(question, judged, Judgement(), read)
     _judge_installed(question, judged, rules.EDGE_LLM, "tensorrt-edgellm")
     if not question.is_thor:

@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 
 from omnifp4.doctor import engine_rules as rules
-from omnifp4.doctor.engines import Question, judge_engines
+from omnifp4.doctor.engines import judge_engines
 from omnifp4.doctor.facts import Facts, read_facts
 from omnifp4.doctor.fit import fit_model
 from omnifp4.doctor.machine import look_at_machine
 from omnifp4.doctor.misuse import find_misuse
 from omnifp4.doctor.packages import Installed, list_tools
+from omnifp4.doctor.question import Question
 from omnifp4.doctor.soundness import broken_check, check_structure, failed
 from omnifp4.errors import CheckpointError, OmniFP4Error
 from omnifp4.receipt.base import this_environment
@@ -50,7 +51,9 @@ def examine(
     installed = Installed(tools)
     machine = look_at_machine(installed["torch"])
     concerns = _environment_concerns(installed, machine)
-    summary, misuse, engines, fit = None, (), (), None
+    summary, fit = None, None
+    misuse: tuple[Concern, ...] = ()
+    engines: tuple[EngineRow, ...] = ()
     if facts is not None and model is not None:
         checks = check_structure(facts)
         fit = fit_model(facts, machine, device_memory)

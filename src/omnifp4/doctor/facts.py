@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +13,8 @@ from typing import Any, Final
 from omnifp4.checkpoint.artifact import ENGINE_PLACE, find_claims, find_linears
 from omnifp4.checkpoint.dialects import LinearEntries, QuantizationClaim
 from omnifp4.checkpoint.folder import Checkpoint, open_checkpoint
+from omnifp4.errors import ModelError
+from omnifp4.models import layout_for
 
 STATISTICS: Final = ("_amax", "_zero_point", "._pre_quant_scale")
 """Ends of names of what calibration leaves beside the weights; no loader keeps it."""
@@ -134,6 +137,21 @@ class Facts:
                 sizes[part_of(name)] += entry.nbytes
         return {part: size for part, size in sizes.items() if size}
 
+    @cached_property
+    def has_memory_names(self) -> bool:
+        """Whether tensors have the names of Transformers 5.21 and later in memory, and are complete under them.
+
+        Exporters that know no way back write them; Transformers reads them, other engines do not.
+        """
+        names = [name.replace(".weight_packed", ".weight") for name in self.checkpoint.tensors]
+        renamed = [_released_name(name) for name in names]
+        if renamed == names or not self.model_type.startswith(("qwen3_omni", "qwen2_5_omni")):
+            return False
+        try:
+            return not layout_for(self.config, renamed).missing(renamed)
+        except ModelError:
+            return False
+
     @property
     def is_omni(self) -> bool:
         """Whether it is a model that may speak."""
@@ -166,6 +184,13 @@ class Facts:
         }
         wide = sum(entry.parameters for name, entry in self.checkpoint.tensors.items() if name not in stored)
         return codes / max(1, codes + wide)
+
+
+def _released_name(name: str) -> str:
+    head, found, rest = name.partition("model.language_model.")
+    if found:
+        return f"{head}model.{rest}"
+    return re.sub(r"(^|\.)model\.(audio_tower|visual)\.", r"\1\2.", name)
 
 
 def part_of(name: str) -> str:

@@ -26,6 +26,11 @@ DEVICE_SIZES_GB: Final = (8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 141, 192)
 TIERS: Final = ((17.0, "optimal: about 16 GiB"), (20.0, "target: under 20 GiB"), (30.0, "minimum viable: under 30 GiB"))
 
 
+def gb(count: int) -> str:
+    """Decimal gigabytes, or megabytes where they are less than one."""
+    return f"{count / 1e9:,.3g} GB" if count >= 10**9 else f"{count / 1e6:,.3g} MB"
+
+
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """Sizes of a decoder that decide about memory; 0 where the config does not tell."""
@@ -136,9 +141,9 @@ def devices_of(machine: Machine, device_memory: int | None) -> list[tuple[str, i
     devices = [("RAM", machine.ram_free_bytes, CPU_ROOM_BYTES)]
     if device_memory is not None:
         return [(f"a GPU of {device_memory / 1e9:.4g} GB", device_memory, GPU_ROOM_BYTES), *devices]
+    usable = () if machine.torch_problem else machine.accelerators[:1]
     gpus = [
-        (gpu.name, gpu.memory_bytes if gpu.free_bytes is None else gpu.free_bytes, GPU_ROOM_BYTES)
-        for gpu in machine.accelerators[:1]
+        (gpu.name, gpu.memory_bytes if gpu.free_bytes is None else gpu.free_bytes, GPU_ROOM_BYTES) for gpu in usable
     ]
     return gpus + devices
 

@@ -115,7 +115,7 @@ def _misread(checks: tuple[Check, ...], engine: str, *, talker: bool) -> Iterato
             found = [finding for finding in check.findings if re.search(engine, finding)]
         elif check.name == "ignore":
             found = [finding for finding in check.findings if _concerns(finding, talker=talker)]
-        elif check.name == "config.place":
+        elif check.name in ("config.place", "fp4.coverage"):
             found = list(check.findings)
         else:
             continue

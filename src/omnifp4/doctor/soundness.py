@@ -1,10 +1,10 @@
-"""The structural checks of `omnifp4.verify`, as far as headers and config tell: quick, whatever the size."""
+"""The structural checks of `omnifp4.verify`, as far as headers, config and the tensor scales
+tell: quick, whatever the size."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omnifp4.doctor.facts import Facts, Kind
+from omnifp4.doctor.scales import check_scales
 from omnifp4.errors import OmniFP4Error
 from omnifp4.models import layout_for
 from omnifp4.receipt.base import Verdict
@@ -30,25 +30,28 @@ def broken_check(error: Exception) -> Check:
 def check_structure(facts: Facts) -> tuple[Check, ...]:
     """Judge names, shapes, config and ignore list; values are for ``omnifp4 verify``."""
     try:
-        if facts.kind is Kind.NVFP4 and facts.folder is not None:
-            return _check_artifact(facts.folder)
+        if facts.kind is Kind.NVFP4:
+            return _check_artifact(facts)
+        if facts.kind is Kind.OTHER:
+            return (_unchecked(f"its names are those of {facts.dialect or 'another method'}"),)
         return (_check_names(facts),)
     except OmniFP4Error as error:
-        return (
-            Check(
-                name="structure",
-                title="the tensors are those of the model",
-                verdict=Verdict.NOT_CHECKED,
-                summary=str(error),
-            ),
-        )
+        return (_unchecked(str(error)),)
 
 
-def _check_artifact(folder: Path) -> tuple[Check, ...]:
+def _unchecked(why: str) -> Check:
+    return Check(name="structure", title="the tensors are those of the model", verdict=Verdict.NOT_CHECKED, summary=why)
+
+
+def _check_artifact(facts: Facts) -> tuple[Check, ...]:
     from omnifp4.verify import claims, completeness, coverage, ignoring, taking
-    from omnifp4.verify.subject import read_subject
+    from omnifp4.verify.subject import Subject, read_subject
 
-    subject = read_subject(folder)
+    if facts.folder is not None:
+        subject = read_subject(facts.folder)
+    else:
+        layout = layout_for(facts.config, facts.checkpoint.tensors)
+        subject = Subject(facts.checkpoint, layout, facts.claims, facts.linears, None)
     taken = taking.read_taking(subject)
     found = (
         claims.check_place(subject),
@@ -59,7 +62,10 @@ def _check_artifact(folder: Path) -> tuple[Check, ...]:
         taking.check_ignore(subject, taken),
         ignoring.check_engines(subject, taken),
     )
-    return tuple(item.check() for item in found)
+    checks = [item.check() for item in found]
+    if facts.folder is not None:
+        checks.append(check_scales(facts))
+    return tuple(checks)
 
 
 def _check_names(facts: Facts) -> Check:

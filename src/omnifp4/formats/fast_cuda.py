@@ -6,18 +6,22 @@ It sums in the order of `fast_cpu`, so that both write the same bytes.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 
 from omnifp4.formats import fast_cuda_kernels as kernels
-from omnifp4.formats.nvfp4 import BLOCK_SIZE, E4M3_MAX_BITS, E4M3_VALUES, ScaleRule
+from omnifp4.formats.nvfp4 import AMAX_LIMIT, BLOCK_SIZE, E4M3_MAX_BITS, E4M3_VALUES, ScaleRule
 from omnifp4.formats.reference import tensor_scale_for
 
-BLOCKS_PER_PROGRAM = 128
-WARPS = 4
+BLOCKS_PER_PROGRAM = 32
+"""A warp's, so that nothing passes through shared memory; more blocks or warps were slower on an H200."""
+WARPS = 1
 BYTES_PER_PROGRAM = 2048
+MAGNITUDES_PER_PROGRAM = 16384
+SCALES_PER_PROGRAM = 128
 
 _RULES = {
     ScaleRule.MAX: kernels.MAX_RULE,
@@ -46,9 +50,10 @@ class CudaEncoding:
 
 
 @functools.cache
-def _reciprocals(device: torch.device) -> torch.Tensor:
-    values = torch.from_numpy(E4M3_VALUES[: E4M3_MAX_BITS + 1].copy())
-    return torch.reciprocal(values).to(device)
+def _reciprocals(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 / scale in float32, and 1 / scale / 16 in float16."""
+    reciprocals = torch.reciprocal(torch.from_numpy(E4M3_VALUES[: E4M3_MAX_BITS + 1].copy()))
+    return reciprocals.to(device), (reciprocals / 16).half().to(device)
 
 
 def encode_cuda(
@@ -75,35 +80,73 @@ def encode_cuda(
         raise ValueError(f"dtype {weight.dtype} is none of bfloat16, float16, float32")
     *batch, rows, columns = weight.shape
     matrices = weight.reshape(-1, rows, columns).contiguous()
-    count = matrices.shape[0]
-    amax = torch.linalg.vector_norm(matrices, ord=float("inf"), dim=(1, 2)).double().cpu()
-    if not bool(torch.isfinite(amax).all()):
-        raise ValueError("the weight has NaN or infinite values")
-    if tensor_scale is None:
-        scales = torch.tensor([float(tensor_scale_for(value, rule)) for value in amax.tolist()])
-    else:
-        scales = tensor_scale.detach().float().cpu().reshape(-1).expand(count)
-        if bool((amax > 2.0**24 * scales.double()).any()):
-            raise ValueError("tensor_scale is far too small for the weight")
-    power_of_two = bool((torch.frexp(scales).mantissa == 0.5).all())
     factor, row_size = _flat_importance(importance, rows, columns, matrices)
-    scales_there = scales.to(weight.device)
+    amax = largest_magnitudes(matrices)
+    amax_here = amax.to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream(amax.device).record_event() if amax.is_cuda else None
+    look_later = rule is ScaleRule.SWEEP and tensor_scale is None
+    if look_later:
+        # Powers of two, made where they are needed; the host looks at the magnitudes while the kernel runs.
+        scales, power_of_two = sweep_scales(amax), True
+    else:
+        _check_magnitudes(amax_here, copied)
+        if tensor_scale is None:
+            here = torch.tensor([float(tensor_scale_for(value, rule)) for value in amax_here.tolist()])
+        else:
+            here = tensor_scale.detach().float().cpu().reshape(-1).expand(len(matrices))
+            if bool((amax_here.double() > 2.0**24 * here.double()).any()):
+                raise ValueError("tensor_scale is far too small for the weight")
+        scales, power_of_two = here.to(amax.device), bool((torch.frexp(here).mantissa == 0.5).all())
     packed, block_scale, sums = launch_encode(
         matrices,
         rule,
-        scales_there,
+        scales,
         power_of_two=power_of_two,
         importance=factor,
         row_size=row_size,
     )
-    totals = sums.sum(dim=1) * scales_there.double().square()[:, None]
+    totals = sums.sum(dim=1) * scales.double().square()[:, None]
+    if look_later:
+        _check_magnitudes(amax_here, copied, AMAX_LIMIT)
     return CudaEncoding(
         packed.reshape(*batch, rows, columns // 2),
         block_scale.reshape(*batch, rows, columns // BLOCK_SIZE),
-        scales_there.reshape(batch),
+        scales.reshape(batch),
         totals[:, 0].reshape(batch),
         totals[:, 1].reshape(batch),
     )
+
+
+def largest_magnitudes(matrices: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each matrix of a contiguous ``[E, out, in]``, or what is not finite: float32 ``[E]``."""
+    count, size = matrices.shape[0], matrices[0].numel()
+    wide = matrices.dtype == torch.float32
+    bits = torch.zeros(count, dtype=torch.int32, device=matrices.device)
+    kernels.magnitude_kernel[(triton.cdiv(size, MAGNITUDES_PER_PROGRAM), count)](
+        matrices.view(torch.int32 if wide else torch.int16),
+        bits,
+        size,
+        MASK=0x7FFFFFFF if wide else 0x7FFF,
+        VALUES=MAGNITUDES_PER_PROGRAM,
+    )
+    return (bits if wide else bits.to(torch.int16)).view(matrices.dtype).float()
+
+
+def sweep_scales(amax: torch.Tensor) -> torch.Tensor:
+    """`reference.tensor_scale_for` under the sweep for float32 magnitudes ``[E]``, where they are and unchecked."""
+    scales = torch.empty_like(amax)
+    grid = (triton.cdiv(amax.numel(), SCALES_PER_PROGRAM),)
+    kernels.sweep_scale_kernel[grid](amax, scales, amax.numel(), SCALES=SCALES_PER_PROGRAM)
+    return scales
+
+
+def _check_magnitudes(amax: torch.Tensor, copied: torch.cuda.Event | None, limit: float = math.inf) -> None:
+    if copied is not None:
+        copied.synchronize()
+    if not bool(torch.isfinite(amax).all()):
+        raise ValueError("the weight has NaN or infinite values")
+    if bool((amax > limit).any()):
+        raise ValueError(f"largest magnitude {float(amax.max())} cannot be encoded; at most {limit:g} is allowed")
 
 
 def launch_encode(
@@ -134,12 +177,14 @@ def launch_encode(
     packed = torch.empty((count, rows, columns // 2), dtype=torch.uint8, device=device)
     block_scale = torch.empty((count, rows, columns // BLOCK_SIZE), dtype=torch.uint8, device=device)
     programs = triton.cdiv(blocks, BLOCKS_PER_PROGRAM)
+    weighted = importance is not None and rule is not ScaleRule.MAX
+    halves = rule is ScaleRule.SWEEP and power_of_two and not weighted and matrices.dtype == torch.bfloat16
     sums = torch.empty((count, programs, 2), dtype=torch.float64, device=device)
     kernels.encode_kernel[(programs, count)](
         matrices,
         scales if importance is None else importance,
         scales,
-        _reciprocals(device),
+        *_reciprocals(device),
         packed.view(torch.int32),
         block_scale,
         sums,
@@ -147,7 +192,8 @@ def launch_encode(
         row_size,
         RULE=_RULES[rule],
         POWER_OF_TWO=power_of_two,
-        WEIGHTED=importance is not None and rule is not ScaleRule.MAX,
+        WEIGHTED=weighted,
+        HALVES=halves,
         BLOCKS=BLOCKS_PER_PROGRAM,
         num_warps=WARPS,
         enable_fp_fusion=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,12 @@ from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import CheckpointError
 from omnifp4.models import layout_for
 from omnifp4.models.base import Layout, TensorSpec, is_buffer
+
+QUANTIZED_ENDINGS: Final = (
+    ".weight_scale", ".weight_scale_2", ".weight_packed", ".weight_global_scale", "_amax", ".weight_scale_inv", ".qweight",
+    ".absmax", ".SCB", "_blocks", "_scales",
+)  # fmt: skip
+"""Ends of names that quantized checkpoints have, of NVFP4 and of other formats: FP8, GPTQ, AWQ, bitsandbytes, MXFP4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +186,7 @@ def _inside_fused(checkpoint: Checkpoint, layout: Layout) -> dict[str, tuple[Ten
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     for name in checkpoint.tensors:
-        if name.endswith((".weight_scale", ".weight_scale_2", ".weight_packed", ".weight_global_scale", "_amax")):
+        if name.endswith(QUANTIZED_ENDINGS):
             raise CheckpointError(
                 f"{checkpoint.location}: tensor {name!r} shows that it is already quantized; a wide checkpoint is needed",
                 hint="use omnifp4 verify, convert or repair on it",

@@ -75,6 +75,26 @@ class EncodeUnit:
 
 
 @dataclass(frozen=True)
+class FusedUnit:
+    """A 3-D tensor that keeps its form, whose experts are rounded one after another.
+
+    Attributes:
+        name: of the unit.
+        entry: the tensor on disk.
+        experts: for each expert its linears, in order along the output dimension; they share one tensor scale.
+    """
+
+    name: str
+    entry: TensorEntry
+    experts: tuple[tuple[SourceTensor, ...], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return self.entry.nbytes
+
+
+@dataclass(frozen=True)
 class CopyUnit:
     """Tensors on disk that are copied bit by bit."""
 
@@ -85,6 +105,9 @@ class CopyUnit:
     def nbytes(self) -> int:
         """Bytes that are read."""
         return sum(entry.nbytes for entry in self.entries)
+
+
+Unit = EncodeUnit | FusedUnit | CopyUnit
 
 
 @dataclass(frozen=True)
@@ -110,7 +133,7 @@ class Job:
     output_format: OutputFormat
     schemes: Mapping[Component, str]
     decisions: tuple[Decision, ...]
-    units: tuple[EncodeUnit | CopyUnit, ...]
+    units: tuple[Unit, ...]
     output: PlannedOutput
 
     @property
@@ -142,7 +165,7 @@ def decide(
     """
     schemes = choose_schemes(source.layout, recipe, overrides or {})
     decisions = tuple(_decide_tensor(tensor, schemes, recipe) for tensor in source.tensors)
-    units = _units(source, decisions)
+    units = _units(source, decisions, keep_fused=output_format.dialect is None)
     stored = (_stored(unit, output_format) for unit in units)
     groups = (group for unit_groups in stored for group in unit_groups)
     job = Job(
@@ -187,11 +210,15 @@ def _decide_tensor(tensor: SourceTensor, schemes: Mapping[Component, str], recip
     return Decision(tensor, True)
 
 
-def _units(source: Source, decisions: tuple[Decision, ...]) -> tuple[EncodeUnit | CopyUnit, ...]:
-    units: list[EncodeUnit | CopyUnit] = []
+def _units(source: Source, decisions: tuple[Decision, ...], *, keep_fused: bool) -> tuple[Unit, ...]:
+    """The work in layout order. `keep_fused`: what is rounded and stays wide keeps the form that loaders know."""
+    units: list[Unit] = []
     grouped: dict[str, list[SourceTensor]] = {}
+    fused: dict[str, list[SourceTensor]] = {}
     for decision in decisions:
-        if decision.quantize:
+        if decision.quantize and keep_fused and decision.tensor.fused:
+            fused.setdefault(decision.tensor.entry.name, []).append(decision.tensor)
+        elif decision.quantize:
             grouped.setdefault(decision.spec.scale_group or decision.spec.name, []).append(decision.tensor)
     waiting: list[TensorEntry] = []
     copied: set[str] = set()
@@ -203,7 +230,10 @@ def _units(source: Source, decisions: tuple[Decision, ...]) -> tuple[EncodeUnit 
 
     for decision in decisions:
         key = decision.spec.scale_group or decision.spec.name
-        if decision.quantize and key in grouped:
+        if decision.quantize and decision.tensor.entry.name in fused:
+            flush()
+            units.append(_fused_unit(fused.pop(decision.tensor.entry.name)))
+        elif decision.quantize and key in grouped:
             flush()
             units.append(EncodeUnit(f"encode:{key}", tuple(grouped.pop(key))))
         elif not decision.quantize and decision.tensor.entry.name not in copied:
@@ -216,9 +246,20 @@ def _units(source: Source, decisions: tuple[Decision, ...]) -> tuple[EncodeUnit 
     return tuple(units)
 
 
-def _stored(unit: EncodeUnit | CopyUnit, output_format: OutputFormat) -> list[list[StoredTensor]]:
+def _fused_unit(tensors: list[SourceTensor]) -> FusedUnit:
+    experts: dict[int, list[SourceTensor]] = {}
+    for tensor in tensors:
+        assert tensor.fused is not None
+        experts.setdefault(tensor.fused.expert, []).append(tensor)
+    entry = tensors[0].entry
+    return FusedUnit(f"encode:{entry.name}", entry, tuple(tuple(experts[number]) for number in sorted(experts)))
+
+
+def _stored(unit: Unit, output_format: OutputFormat) -> list[list[StoredTensor]]:
     if isinstance(unit, CopyUnit):
         return [[StoredTensor(entry.name, entry.dtype, entry.shape)] for entry in unit.entries]
+    if isinstance(unit, FusedUnit):
+        return [[StoredTensor(unit.entry.name, unit.entry.dtype, unit.entry.shape)]]
     return [list(stored_tensors(tensor, output_format)) for tensor in unit.tensors]
 
 

@@ -122,6 +122,6 @@ def _notes(job: Job) -> tuple[str, ...]:
     for component, scheme in job.schemes.items():
         if scheme == NVFP4 and component.why_wide:
             notes.append(f"{component.name} becomes FP4 though no default recipe does that: {component.why_wide}")
-    if any(tensor.fused for tensor in job.source.tensors):
+    if job.output_format.dialect and any(decision.tensor.fused for decision in job.quantized):
         notes.append("experts are stored in fused 3-D tensors; quantized ones are written one tensor per expert")
     return tuple(notes)

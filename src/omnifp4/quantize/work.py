@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -15,10 +15,10 @@ from omnifp4.checkpoint.output import OutputWriter
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import CheckpointError
 from omnifp4.formats import fast_cpu
-from omnifp4.formats.nvfp4 import BLOCK_SIZE, ScaleRule
+from omnifp4.formats.nvfp4 import BLOCK_SIZE, EncodeStats, ScaleRule
 from omnifp4.formats.reference import tensor_scale_for
 from omnifp4.models.source import SourceTensor
-from omnifp4.quantize.decisions import CopyUnit, EncodeUnit, OutputFormat
+from omnifp4.quantize.decisions import CopyUnit, EncodeUnit, FusedUnit, OutputFormat, Unit
 
 HOLD_BYTES: Final = 32 << 20
 """A unit up to this size is read once; a larger one is read twice, in ranges of rows, so that memory stays bounded."""
@@ -38,7 +38,7 @@ class Worker:
         self._rule, self._format = rule, output_format
         self._local = threading.local()
 
-    def run(self, unit: EncodeUnit | CopyUnit) -> dict[str, Any]:
+    def run(self, unit: Unit) -> dict[str, Any]:
         """Do one unit.
 
         Returns:
@@ -50,7 +50,7 @@ class Worker:
         """
         if isinstance(unit, CopyUnit):
             return {"crc": {entry.name: self._copy(entry) for entry in unit.entries}, "errors": {}}
-        return self._encode(unit)
+        return self._round_fused(unit) if isinstance(unit, FusedUnit) else self._encode(unit)
 
     def _buffer(self, size: int) -> npt.NDArray[np.uint8]:
         """A piece of memory of this thread, used again by its next unit (fresh pages cost as much as the arithmetic)."""
@@ -91,8 +91,36 @@ class Worker:
                 held = self._hold(unit, total)
         else:
             held = [tensor.read(self._reader) for tensor in unit.tensors]
-        amax, largest = 0.0, unit.tensors[0]
+        tensor_scale = self._shared_scale(unit.tensors, held)
+        record: dict[str, Any] = {"crc": {}, "errors": {}}
         for index, tensor in enumerate(unit.tensors):
+            self._encode_tensor(tensor, tensor_scale, held[index] if held else None, record)
+        return record
+
+    def _round_fused(self, unit: FusedUnit) -> dict[str, Any]:
+        """Experts one after another, each written whole: its linears side by side, turned as they were."""
+        errors: dict[str, list[float]] = {}
+        crc = position = 0
+        for tensors in unit.experts:
+            held = [tensor.read(self._reader) for tensor in tensors]
+            tensor_scale = self._shared_scale(tensors, held)
+            parts = []
+            for tensor, rows in zip(tensors, held, strict=True):
+                packed, block_scale, stats = self._encode_rows(rows, tensor.entry.dtype, tensor_scale)
+                parts.append(_rounded_values(packed, block_scale, tensor_scale, tensor.entry.dtype))
+                errors[tensor.spec.name] = [stats.squared_error, stats.energy]
+            expert = np.concatenate(parts)
+            if not tensors[0].rows_divide:
+                expert = np.ascontiguousarray(expert.T)
+            crc = self._writer.write(unit.entry.name, expert, position, crc)
+            position += expert.nbytes
+        return {"crc": {unit.entry.name: crc}, "errors": errors}
+
+    def _shared_scale(
+        self, tensors: Sequence[SourceTensor], held: Sequence[npt.NDArray[np.generic]] | None
+    ) -> np.float32:
+        amax, largest = 0.0, tensors[0]
+        for index, tensor in enumerate(tensors):
             for row, rows in self._row_ranges(tensor, held[index] if held else None):
                 found = fast_cpu.scan(rows, tensor.entry.dtype)
                 if found.nonfinite_index >= 0:
@@ -101,15 +129,19 @@ class Worker:
                 if found.amax > amax:
                     amax, largest = found.amax, tensor
         try:
-            tensor_scale = tensor_scale_for(amax, self._rule)
+            return tensor_scale_for(amax, self._rule)
         except ValueError as error:
             raise CheckpointError(
                 f"{self._reader.checkpoint.location}/{largest.entry.shard}: tensor {largest.spec.name!r}: {error}"
             ) from None
-        record: dict[str, Any] = {"crc": {}, "errors": {}}
-        for index, tensor in enumerate(unit.tensors):
-            self._encode_tensor(tensor, tensor_scale, held[index] if held else None, record)
-        return record
+
+    def _encode_rows(
+        self, rows: npt.NDArray[np.generic], dtype: str, tensor_scale: np.float32
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], EncodeStats]:
+        packed = np.empty((rows.shape[0], rows.shape[1] // 2), dtype=np.uint8)
+        block_scale = np.empty((rows.shape[0], rows.shape[1] // BLOCK_SIZE), dtype=np.uint8)
+        stats = fast_cpu.encode_into(rows, dtype, self._rule, tensor_scale, packed, block_scale)
+        return packed, block_scale, stats
 
     def _hold(self, unit: EncodeUnit, total: int) -> list[npt.NDArray[np.generic]]:
         buffer, held, position = self._buffer(total), [], 0
@@ -145,9 +177,7 @@ class Worker:
         packed_crc = scale_crc = 0
         squared_error = energy = 0.0
         for begin, rows in self._row_ranges(tensor, held):
-            packed = np.empty((rows.shape[0], columns // 2), dtype=np.uint8)
-            block_scale = np.empty((rows.shape[0], columns // BLOCK_SIZE), dtype=np.uint8)
-            stats = fast_cpu.encode_into(rows, dtype, self._rule, tensor_scale, packed, block_scale)
+            packed, block_scale, stats = self._encode_rows(rows, dtype, tensor_scale)
             squared_error += stats.squared_error
             energy += stats.energy
             if dialect is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omnifp4.receipt.base import RECEIPT_VERSION, Environment, Record
 from omnifp4.receipt.plan import ComponentRow
 
@@ -47,6 +49,7 @@ class QuantizationReceipt(Record):
         decisions: for each FP4 linear its relative squared error, by checkpoint name of the wide weight.
         tensors: CRC-32 of the bytes of every stored tensor, by name.
         peak_memory_bytes: largest resident size of the process.
+        changes: receipts of later conversions and repairs of this artifact, in order.
         seconds: of the last run; a resumed job is not summed up.
         resumed_units: units of work that an earlier run had finished.
     """
@@ -67,7 +70,7 @@ class QuantizationReceipt(Record):
     weight_bytes: int
     shards: dict[str, int]
     ignore: tuple[str, ...]
-    left_out: dict[str, str] = {}
+    left_out: dict[str, str]
     decisions: dict[str, float]
     tensors: dict[str, int]
     backend: str
@@ -76,4 +79,5 @@ class QuantizationReceipt(Record):
     seconds: float
     resumed_units: int
     peak_memory_bytes: int
+    changes: tuple[dict[str, Any], ...] = ()
     environment: Environment

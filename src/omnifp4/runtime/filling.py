@@ -1,15 +1,10 @@
-"""Streams packed weights from disk into the buffers of packed modules.
-
-In host memory the bytes are read to where they stay. For a GPU they go through a few pinned buffers of fixed size.
-"""
+"""Streams packed weights from disk into the buffers of packed modules."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +18,7 @@ from omnifp4.runtime.options import LoadOptions
 from omnifp4.runtime.packed import NVFP4Linear, PackedExperts
 from omnifp4.runtime.placement import ExpertsPlace, LinearPlace, Placement
 from omnifp4.runtime.scales import Scales
-
-STAGING_BYTES: Final = 32 << 20
-"""Pinned memory of one worker; bytes for a GPU go through it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A whole tensor on disk and the contiguous part of a buffer that it fills; both have the same bytes."""
-
-    entry: TensorEntry
-    into: Tensor
+from omnifp4.runtime.staging import Run, Stager, runs, total_bytes
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint, placement: Placement, scales: Scales, options: LoadOptions) -> None:
@@ -44,15 +29,19 @@ def fill(model: nn.Module, checkpoint: Checkpoint, placement: Placement, scales:
     """
     _materialize(model, placement, options.device)
     work = list(_work(model, placement, scales))
-    options.progress.expect(sum(piece.entry.nbytes for pieces in work for piece in pieces))
+    options.progress.expect(total_bytes(work))
     with (
         CheckpointReader(checkpoint) as reader,
         ThreadPoolExecutor(options.threads, "omnifp4-read") as pool,
         options.progress.running(),
     ):
-        memory = threading.local()
-        for _ in pool.map(lambda pieces: _fill_pieces(reader, pieces, options, memory), work):
-            pass
+        try:
+            for _ in pool.map(Stager(reader, options.progress).read, work):
+                pass
+        except BaseException:
+            # After a failure or an interrupt, gigabytes need not be read before it is told.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     _check_block_scales(model, placement, checkpoint.location)
 
 
@@ -70,44 +59,43 @@ def _materialize(model: nn.Module, placement: Placement, device: torch.device | 
                 module._buffers[name] = torch.empty_like(buffer, device=device or "cpu")
 
 
-def _work(model: nn.Module, placement: Placement, scales: Scales) -> Iterator[list[Piece]]:
-    """Pieces of one module each, in the order of the files as far as modules allow; scalars are set at once."""
+def _work(model: nn.Module, placement: Placement, scales: Scales) -> Iterator[Run]:
+    """What is to be read, module by module; scalars are set at once."""
     for place, module in _modules(model, placement):
         if isinstance(module, NVFP4Linear):
-            yield _linear_pieces(module, place.source, scales)
+            yield from _linear_runs(module, place.source, scales)
         else:
             assert isinstance(module, PackedExperts)
-            yield from _experts_pieces(module, place, scales)
+            yield from _experts_runs(module, place, scales)
 
 
-def _linear_pieces(module: NVFP4Linear, source: LinearEntries, scales: Scales) -> list[Piece]:
-    assert source.tensor_scale is not None and source.block_scale is not None
+def _linear_runs(module: NVFP4Linear, source: LinearEntries, scales: Scales) -> Iterator[Run]:
+    assert source.tensor_scale is not None
     module.tensor_scale.fill_(scales[source.tensor_scale.name])
     if source.input_scale is not None:
         assert module.input_scale is not None
         module.input_scale.fill_(scales[source.input_scale.name])
-    return [Piece(source.packed, module.packed), Piece(source.block_scale, module.block_scale)]
+    yield from runs([source.packed], module.packed)
+    yield from runs([_block_scale(source)], module.block_scale)
 
 
-def _experts_pieces(module: PackedExperts, place: ExpertsPlace, scales: Scales) -> Iterator[list[Piece]]:
+def _experts_runs(module: PackedExperts, place: ExpertsPlace, scales: Scales) -> Iterator[Run]:
     _set(module.gate_up_tensor_scale, _values(place.gate, "tensor_scale", scales))
     _set(module.down_tensor_scale, _values(place.down, "tensor_scale", scales))
     if place.gate[0].input_scale is not None:
         gate, up = (_values(part, "input_scale", scales) for part in (place.gate, place.up))
         _set(module._buffers["gate_up_input_scale"], [list(pair) for pair in zip(gate, up, strict=True)])
         _set(module._buffers["down_input_scale"], _values(place.down, "input_scale", scales))
-    inner = module.intermediate_dim
-    for expert, (gate_source, up_source, down_source) in enumerate(zip(place.gate, place.up, place.down, strict=True)):
-        codes, block_scale = module.gate_up_packed[expert], module.gate_up_block_scale[expert]
-        assert gate_source.block_scale and up_source.block_scale and down_source.block_scale
-        yield [
-            Piece(gate_source.packed, codes[:inner]),
-            Piece(gate_source.block_scale, block_scale[:inner]),
-            Piece(up_source.packed, codes[inner:]),
-            Piece(up_source.block_scale, block_scale[inner:]),
-            Piece(down_source.packed, module.down_packed[expert]),
-            Piece(down_source.block_scale, module.down_block_scale[expert]),
-        ]
+    gate_up = [source for pair in zip(place.gate, place.up, strict=True) for source in pair]
+    yield from runs([source.packed for source in gate_up], module.gate_up_packed)
+    yield from runs([_block_scale(source) for source in gate_up], module.gate_up_block_scale)
+    yield from runs([source.packed for source in place.down], module.down_packed)
+    yield from runs([_block_scale(source) for source in place.down], module.down_block_scale)
+
+
+def _block_scale(source: LinearEntries) -> TensorEntry:
+    assert source.block_scale is not None
+    return source.block_scale
 
 
 def _values(sources: Iterable[LinearEntries], which: str, scales: Scales) -> list[float]:
@@ -117,29 +105,6 @@ def _values(sources: Iterable[LinearEntries], which: str, scales: Scales) -> lis
 def _set(buffer: Tensor | None, values: list[Any]) -> None:
     assert buffer is not None
     buffer.copy_(torch.tensor(values, dtype=torch.float32))
-
-
-def _fill_pieces(reader: CheckpointReader, pieces: list[Piece], options: LoadOptions, memory: threading.local) -> None:
-    folder = reader.checkpoint.location
-    for piece in pieces:
-        with options.progress.reading(f"{folder}/{piece.entry.shard}", piece.entry.name, piece.entry.nbytes):
-            if piece.into.device.type == "cpu":
-                reader.read_into(piece.entry, piece.into.view(-1).numpy())
-            else:
-                _through_staging(reader, piece, memory)
-
-
-def _through_staging(reader: CheckpointReader, piece: Piece, memory: threading.local) -> None:
-    staging = getattr(memory, "staging", None)
-    if staging is None:
-        staging = memory.staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
-    into = piece.into.view(-1)
-    for begin in range(0, into.numel(), STAGING_BYTES):
-        part = into[begin : begin + STAGING_BYTES]
-        window = staging[: part.numel()]
-        reader.read_into(piece.entry, window.numpy(), begin)
-        # The window is written again at once, so the copy must be over.
-        part.copy_(window)
 
 
 def _check_block_scales(model: nn.Module, placement: Placement, subject: str) -> None:

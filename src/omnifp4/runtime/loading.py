@@ -13,6 +13,7 @@ import torch
 
 from omnifp4.checkpoint.artifact import find_claims, find_linears
 from omnifp4.checkpoint.folder import LEGACY_QUANT_CONFIG_NAME, Checkpoint, open_checkpoint
+from omnifp4.checkpoint.hub import fetch_model, is_hub_id
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import CheckpointError, ModelError, OmniFP4Error
 from omnifp4.runtime.backends import choose_backend
@@ -39,7 +40,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def load(
-    path: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
@@ -47,12 +48,13 @@ def load(
     backend: str = "auto",
     progress: bool | Progress | None = None,
     stall_seconds: float = STALL_SECONDS,
+    revision: str | None = None,
     **options: Any,
 ) -> Any:
     """Load a checkpoint, packed where it is NVFP4, ready to run.
 
     Args:
-        path: a checkpoint folder.
+        model: a checkpoint folder, or a Hub id, which is downloaded first.
         device: ``"auto"`` takes the first GPU, or the CPU where there is none.
         dtype: of what is not packed, and of the arithmetic. ``"auto"`` is the checkpoint's own, and the rule.
         speech: False leaves talker and code2wav out, and the model's config says so.
@@ -60,6 +62,7 @@ def load(
         progress: True shows a line on standard error, False does not, None shows it on a terminal; or a function
             that is called with bytes done, bytes in all and the tensor's name.
         stall_seconds: after so long without a tensor, standard error is told where the load stands.
+        revision: of a Hub id.
         options: passed on to ``from_pretrained``, such as ``attn_implementation``.
 
     Returns:
@@ -69,7 +72,8 @@ def load(
         OmniFP4Error: anything about the arguments or the checkpoint that is not right; before weights are read, but for
             faults that only the weights show.
     """
-    checkpoint = open_checkpoint(Path(path))
+    folder = fetch_model(str(model), revision) if is_hub_id(str(model)) else Path(model)
+    checkpoint = open_checkpoint(folder)
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     wanted = _find_dtype(dtype, checkpoint.config)
     is_packed = _check_claim(checkpoint)
@@ -81,6 +85,8 @@ def load(
     packed = (
         {entry.name for item in find_linears(entries).values() for entry in tensors_of(item)} if is_packed else set()
     )
+    # Without a quantizer or accelerate, Transformers takes weights through host memory.
+    straight = target if is_packed or find_spec("accelerate") is not None else torch.device("cpu")
     watch = LoadProgress(
         show=progress is True or (progress is None and sys.stderr.isatty()),
         on_progress=progress if callable(progress) else None,
@@ -91,10 +97,10 @@ def load(
         loading_with(LoadOptions(backend, target, watch, min(16, os.cpu_count() or 1), checkpoint)),
         watch.running(),
     ):
-        state = wide_tensors((entry for name, entry in entries.items() if name not in packed), reader, watch)
-        model = _from_pretrained(checkpoint, wanted, target, speech, state, options)
-    mend_talker(model)
-    return model.eval()
+        state = wide_tensors((e for name, e in entries.items() if name not in packed), reader, watch, straight)
+        loaded = _from_pretrained(checkpoint, wanted, target, speech, state, options)
+    mend_talker(loaded)
+    return loaded.eval()
 
 
 def _from_pretrained(

@@ -79,6 +79,7 @@ class NVFP4Quantizer(HfQuantizer):
         self._conversions: list[Any] | None = None
         self._scales: Scales = {}
         self._aliases: Mapping[str, str] = {}
+        self._disk_names: Mapping[str, str] = {}
         self._unexpected: Any = None
         self._compute_dtype: torch.dtype | None = None
 
@@ -132,6 +133,7 @@ class NVFP4Quantizer(HfQuantizer):
         packed += [f"{item.module}.{part}" for item in placement.experts for part in ("gate_up_proj", "down_proj")]
         renaming.check_wide(checkpoint.tensors, placement.packed_names, packed, checkpoint.location)
         self._aliases = renaming.aliases
+        self._disk_names = {alias: name for name, alias in self._aliases.items()}
         self._scales = read_scales(checkpoint, placement)
         self._swap(model, placement)
         self._unexpected = model._keys_to_ignore_on_load_unexpected
@@ -207,8 +209,17 @@ class NVFP4Quantizer(HfQuantizer):
         """See `HfQuantizer.get_state_dict_and_metadata`."""
         assert self._checkpoint is not None and self._placement is not None
         tensors = saved_tensors(model, self._checkpoint, self._placement, self._conversions)
-        on_disk = {alias: name for name, alias in self._aliases.items()}
-        return {on_disk.get(name, name): value for name, value in tensors.items()}, {}
+        return {self._name_on_disk(name, model): value for name, value in tensors.items()}, {}
+
+    def _name_on_disk(self, name: str, model: Any) -> str:
+        """The name under which a tensor was read, where Transformers' way back leads to another.
+
+        Up to 5.20 it loses the prefix of a part that was loaded from a whole checkpoint.
+        """
+        assert self._checkpoint is not None
+        prefix = f"{model.base_model_prefix}."
+        candidates = (name, self._disk_names.get(name, name), prefix + name, name.removeprefix(prefix))
+        return next((one for one in candidates if one in self._checkpoint.tensors), name)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """See `HfQuantizer.is_serializable`."""

@@ -94,7 +94,8 @@ def _tensors(
 
 def _as_stored(value: Tensor, entry: TensorEntry) -> Tensor:
     """A tensor of its own storage over the same memory, in the dtype and shape on disk."""
-    # Through DLPack, because parts of one storage would all be put in one shard and counted once.
+    # Through DLPack, because Transformers copies tensors that are parts of one storage, which would take the memory of
+    # all experts once more.
     # One value may stand under two names on disk (gate and up), which safetensors takes only as two tensors.
     alone = value.clone() if value.numel() == 1 else from_dlpack(value.detach().contiguous())
     if entry.dtype == "F8_E4M3":

@@ -12,6 +12,7 @@ from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import CheckpointError
 from omnifp4.runtime.progress import LoadProgress
+from omnifp4.runtime.staging import Run, Stager
 
 TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "BOOL": torch.bool,
@@ -32,10 +33,11 @@ TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
 class WideTensor:
     """One tensor on disk; indexing it with ``...`` reads it. Has what Transformers asks of a safetensors slice."""
 
-    def __init__(self, entry: TensorEntry, reader: CheckpointReader, progress: LoadProgress) -> None:
+    def __init__(self, entry: TensorEntry, stager: Stager, device: torch.device) -> None:
+        """`device` is where the tensor is read to; Transformers may move it on."""
         if entry.dtype not in TORCH_DTYPES:
             raise CheckpointError(f"tensor {entry.name!r} of {entry.shard} is {entry.dtype}, which torch does not have")
-        self._entry, self._reader, self._progress = entry, reader, progress
+        self._entry, self._stager, self._device = entry, stager, device
 
     def get_dtype(self) -> str:
         """The dtype's name in the header."""
@@ -59,17 +61,17 @@ class WideTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         entry = self._entry
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-        folder = self._reader.checkpoint.location
-        with self._progress.reading(f"{folder}/{entry.shard}", entry.name, entry.nbytes):
-            self._reader.read_into(entry, raw.numpy())
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8, device=self._device)
+        if entry.nbytes:
+            self._stager.read(Run((entry,), raw))
         return raw.view(self.dtype).reshape(entry.shape)[index]
 
 
 def wide_tensors(
-    entries: Iterable[TensorEntry], reader: CheckpointReader, progress: LoadProgress
+    entries: Iterable[TensorEntry], reader: CheckpointReader, progress: LoadProgress, device: torch.device
 ) -> dict[str, WideTensor]:
     """A state dict whose tensors are read when they are used."""
-    found = {entry.name: WideTensor(entry, reader, progress) for entry in entries}
+    stager = Stager(reader, progress)
+    found = {entry.name: WideTensor(entry, stager, device) for entry in entries}
     progress.expect(sum(item._entry.nbytes for item in found.values()))
     return found

@@ -107,7 +107,9 @@ class _Proof:
                 yield Findings(name, title, unchecked="needs --against, the wide checkpoint it was made from")
             return
         readers = (reader, stack.enter_context(CheckpointReader(self.source.checkpoint)))
-        rounded = set(fake.rounded_names(self.subject)) if self._wide_on_purpose else set()
+        rounded: set[str] = set()
+        if self._wide_on_purpose:
+            rounded.update(*((t.spec.name, t.entry.name) for t in fake.rounded_tensors(self.subject)))
         if self._wide_on_purpose:
             result = fake.check_fake_values(self.subject, self.source, readers, self.threads, self._meter)
         else:

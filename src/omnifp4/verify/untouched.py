@@ -42,7 +42,7 @@ def check_untouched(
         for name in subject.layout.fused_names
         if name in source.checkpoint.tensors
     }
-    pairs += [(tensors[name], entry) for name, entry in others.items() if name in tensors]
+    pairs += [(tensors[name], entry) for name, entry in others.items() if name in tensors and name not in rounded]
     buffers = Buffers()
 
     def look(batch: list[tuple[TensorEntry, SourceTensor | TensorEntry]]) -> list[str]:

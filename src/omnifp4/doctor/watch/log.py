@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import linecache
+import sys
 import threading
 import time
 import traceback
@@ -12,6 +13,10 @@ from typing import Any
 
 TEXT_LIMIT = 4000
 FRAMES = 16
+KINDS = 40
+"""Different messages that are kept; a loop may fail with another one each time."""
+OTHERS = "others"
+PACKAGES = ("omnifp4", "torch", "transformers", "vllm", "modelopt")
 BEAT_S = 0.25
 
 
@@ -29,9 +34,9 @@ class Log:
         self.thrown: dict[tuple[str, str, str], int] = {}
         self.local = threading.local()
 
-    def event(self, kind: str, **values: Any) -> None:
+    def event(self, name: str, /, **values: Any) -> None:
         """Write one event."""
-        line = json.dumps({"event": kind, "at": time.monotonic(), **values}, default=repr)
+        line = json.dumps({"event": name, "at": time.monotonic(), **values}, default=repr)
         with self._lock:
             self._file.write(line + "\n")
 
@@ -42,14 +47,18 @@ class Log:
         if error is not None:
             row[1] += 1
             text = f"{type(error).__name__}: {error}"[:TEXT_LIMIT]
+            if text not in row[2] and len(row[2]) >= KINDS:
+                text = OTHERS
             row[2][text] = row[2].get(text, 0) + 1
 
     def threw(self, phase: str, subject: str, error: BaseException) -> None:
         """Note an exception; again and again the same one is only counted."""
         key = (phase, type(error).__name__, str(error)[:TEXT_LIMIT])
+        if key not in self.thrown and len(self.thrown) >= KINDS and phase not in ("script", "thread"):
+            return
         self.thrown[key] = self.thrown.get(key, 0) + 1
         if self.thrown[key] == 1:
-            self.event("thrown", phase=phase, subject=subject, **describe(error))
+            self.event("thrown", phase=phase, subject=subject, caller=caller_of(error), **describe(error))
 
     def beat(self) -> None:
         """Write the counters if they have changed."""
@@ -57,6 +66,7 @@ class Log:
             "cat": [self.cat_calls, self.cat_empty, self.cat_place],
             "calls": self.calls,
             "thrown": [[*key, count] for key, count in list(self.thrown.items())],
+            "versions": versions(),
         }
         try:
             text = json.dumps(values)
@@ -77,9 +87,14 @@ class Log:
         threading.Thread(target=run, name="omnifp4-watch", daemon=True).start()
 
 
+def versions() -> dict[str, str]:
+    """The packages of interest that are imported by now; attributes are not asked for, as that may import more."""
+    return {name: str(vars(sys.modules[name]).get("__version__", "")) for name in PACKAGES if name in sys.modules}
+
+
 def describe(error: BaseException) -> dict[str, Any]:
     """Type, message, what led to it, innermost frames, and local lists that are empty there."""
-    chain = []
+    chain: list[str] = []
     seen = {id(error)}
     other = error.__cause__ or error.__context__
     while other is not None and id(other) not in seen and len(chain) < 8:
@@ -105,7 +120,23 @@ def frames_of(trace: TracebackType | None) -> list[list[Any]]:
 
 def is_ours(file: str) -> bool:
     """Whether a frame belongs to the watch itself."""
-    return file == "<string>" or file.startswith("<frozen runpy") or file.startswith(_HERE)
+    return file == "<string>" or file.startswith(("<frozen runpy", _HERE))
+
+
+def caller_of(error: BaseException) -> str:
+    """The innermost line that belongs to the script and its own modules, not to a library."""
+    for file, line, function, code in reversed(frames_of(error.__traceback__)):
+        if is_own(file):
+            return f"{file}:{line} in {function}: {code}"
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and (is_ours(frame.f_code.co_filename) or not is_own(frame.f_code.co_filename)):
+        frame = frame.f_back
+    return place_of(frame)
+
+
+def is_own(file: str) -> bool:
+    """Whether a file is the user's."""
+    return not any(part in file for part in ("site-packages", "dist-packages", "/lib/python", "<frozen", "<string>"))
 
 
 def empty_lists(trace: TracebackType | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 import weakref
@@ -15,6 +16,8 @@ from .structure import structure_of
 VALUE_LIMIT = 300
 MARKED_ROLES = ("system", "user", "assistant")
 MANY_ROLES = 64
+
+_numbers = itertools.count()
 
 alive: list[Any] = []
 """Weak references to models that were loaded."""
@@ -100,7 +103,7 @@ def _watch_loading(owner: Any, kind: str, log: Log) -> None:
         named = kwargs.get("pretrained_model_name_or_path", args[0] if args else "")
         path = str(named)
         log.local.loading = True
-        number = id(object())
+        number = next(_numbers)
         log.event(
             "load", id=number, kind=kind, loader=cls.__name__, path=_absolute(path), arguments=shown(kwargs)
         )  # fmt: skip
@@ -128,6 +131,8 @@ def _absolute(path: str) -> str:
 
 def _note_model(model: Any, log: Log) -> None:
     try:
+        for owner in type(model).__mro__:
+            watch_generate(owner, log)
         alive.append(weakref.ref(model))
         log.event("structure", **structure_of(model))
     except Exception as error:
@@ -193,7 +198,7 @@ def watch_generate(owner: Any, log: Log) -> None:
         try:
             result = original(self, *args, **kwargs)
         except Exception as error:
-            log.event("generate", **record, **{"error": f"{type(error).__name__}: {error}"})
+            log.event("generate", **record, error=f"{type(error).__name__}: {error}")
             log.threw("generate", type(self).__name__, error)
             raise
         finally:

@@ -63,9 +63,7 @@ def main(log_path: str, stack_path: str, script: str, arguments: list[str]) -> N
     finally:
         model_hooks.last_structure(log)
         log.beat()
-        imported = [name for name in ("omnifp4", "transformers", "vllm", "modelopt") if name in sys.modules]
-        versions = {name: str(getattr(sys.modules[name], "__version__", "")) for name in imported}
-        log.event("end", status=status, imported=imported, versions=versions)
+        log.event("end", status=status)
     del scope
     sys.stdout.flush()
     sys.exit(status)
