@@ -91,7 +91,7 @@ def main() -> None:
     if arguments.peer_python:
         cases["model_free_ptq (max)"] = [arguments.peer_python, str(PEER_SCRIPT), str(source), "OUT"]
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    peak: dict[str, int] = {name: 0 for name in cases}
+    peak: dict[str, int] = dict.fromkeys(cases, 0)
     for run in range(arguments.runs + 1):
         for name, command in cases.items():
             out = home / "out"
@@ -108,7 +108,10 @@ def main() -> None:
     runs = [timed(verify) for _ in range(arguments.runs + 1)][1:]
     seconds[name], peak[name] = [taken for taken, _ in runs], max(memory for _, memory in runs)
     machine = {
-        "cpu": next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in l), platform.processor()),
+        "cpu": next(
+            (l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in l),
+            platform.processor(),
+        ),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "numpy": metadata.version("numpy"),
@@ -125,7 +128,9 @@ def main() -> None:
         )
     if arguments.peer_python:
         ratios = [p / o for p, o in zip(seconds["model_free_ptq (max)"], seconds["quantize (sweep)"], strict=True)]
-        print(f"  full sweep against model_free_ptq, run by run: {statistics.median(ratios):.1f} times as fast ({min(ratios):.1f} to {max(ratios):.1f})")
+        print(
+            f"  full sweep against model_free_ptq, run by run: {statistics.median(ratios):.1f} times as fast ({min(ratios):.1f} to {max(ratios):.1f})"
+        )
     print(json.dumps({"machine": machine, "seconds": seconds, "peak_bytes": peak, "source_bytes": source_bytes}))
     if not arguments.folder:
         shutil.rmtree(home)

@@ -15,9 +15,9 @@ import numpy as np
 
 from omnifp4 import quantize
 from omnifp4.checkpoint.artifact import find_linears
+from omnifp4.checkpoint.dialects import StoredTensor
 from omnifp4.checkpoint.folder import open_checkpoint
 from omnifp4.checkpoint.output import OutputWriter, plan_output
-from omnifp4.checkpoint.dialects import StoredTensor
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.formats.nvfp4 import E2M1_VALUES, E4M3_VALUES, unpack
 from omnifp4.formats.reference import blocks_of, round_to_bf16

@@ -1,57 +1,36 @@
-"""omnifp4: take an omni-modal checkpoint to NVFP4, and prove that the result is right."""
+"""omnifp4: take an omni-modal checkpoint to NVFP4, prove that the result is right, and run it.
+
+Importing this package teaches Transformers to load packed NVFP4 checkpoints: when it is imported, before or after, its
+own extension points are used. Nothing heavy is imported until it is used.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
+
+from omnifp4.runtime.import_hook import install
 
 if TYPE_CHECKING:
     from omnifp4.api import convert, plan, quantize, repair, verify
+    from omnifp4.chat import OmniChat
     from omnifp4.errors import OmniFP4Error
+    from omnifp4.runtime import load
 
-VERBS: Final = ("convert", "plan", "quantize", "repair", "verify")
+__all__ = ["OmniChat", "OmniFP4Error", "convert", "load", "plan", "quantize", "repair", "verify"]
 
-__all__ = ["OmniFP4Error", "convert", "plan", "quantize", "repair", "verify"]
+HOMES: Final = {
+    "OmniChat": "omnifp4.chat",
+    "OmniFP4Error": "omnifp4.errors",
+    "load": "omnifp4.runtime",
+}
+"""Where a name comes from; the verbs are in ``omnifp4.api``."""
+
+install()
 
 
 def __getattr__(name: str) -> Any:
-    # Verbs are imported when they are first used, so that `import omnifp4` costs nothing.
-    if name == "OmniFP4Error":
-        from omnifp4.errors import OmniFP4Error
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return OmniFP4Error
-    if name in VERBS:
-        return _verb(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _verb(name: str) -> Callable[..., Any]:
-    from omnifp4 import api
-
-    verb: Callable[..., Any] = getattr(api, name)
-    return verb
-
-
-class _Room(ModuleType):
-    """A room that has a verb's name, such as ``omnifp4.quantize``: called, it is the verb."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self.__wrapped__(*arguments, **options)
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return _verb(self.__name__.rpartition(".")[2])
-
-
-class _Package(ModuleType):
-    """This package. Importing a room puts the module where the verb was: it must stay callable."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in VERBS and type(value) is ModuleType:
-            value.__class__ = _Room
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return getattr(import_module(HOMES.get(name, "omnifp4.api")), name)

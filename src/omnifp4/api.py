@@ -34,7 +34,7 @@ def plan(
     Args:
         model: a checkpoint folder or a Hub id.
         out: where the artifact would be made, for the free disk space there.
-        recipe: name of a recipe, see `omnifp4.quantize.recipe`.
+        recipe: name of a recipe, see `omnifp4.quantization.recipe`.
         rule: scale rule, if not the recipe's.
         components: overrides such as ``"talker.attention=nvfp4"``.
         format: ``"modelopt"``, ``"compressed-tensors"`` or ``"fake-quant"``.
@@ -44,9 +44,9 @@ def plan(
     Raises:
         OmniFP4Error: anything about the arguments or the checkpoint that is not right.
     """
-    from omnifp4.quantize.decisions import find_format
-    from omnifp4.quantize.plan import plan_job, plan_receipt
-    from omnifp4.quantize.recipe import find_rule, parse_overrides
+    from omnifp4.quantization.decisions import find_format
+    from omnifp4.quantization.plan import plan_job, plan_receipt
+    from omnifp4.quantization.recipe import find_rule, parse_overrides
 
     job = plan_job(
         _headers(str(model), revision),
@@ -95,12 +95,12 @@ def quantize(
     from omnifp4.checkpoint.staging import refuse_existing
     from omnifp4.checkpoint.units import check_free_space
     from omnifp4.errors import ProofError
-    from omnifp4.quantize.decisions import Job, find_format
-    from omnifp4.quantize.plan import plan_job
-    from omnifp4.quantize.recipe import find_recipe, find_rule, parse_overrides
-    from omnifp4.quantize.run import run_job
+    from omnifp4.quantization.decisions import Job, find_format
+    from omnifp4.quantization.plan import plan_job
+    from omnifp4.quantization.recipe import find_recipe, find_rule, parse_overrides
+    from omnifp4.quantization.run import run_job
     from omnifp4.receipt.base import Verdict
-    from omnifp4.verify import verify
+    from omnifp4.verification import verify
 
     out = Path(out)
     overrides, output_format = parse_overrides(components), find_format(format)
@@ -158,7 +158,7 @@ def verify(
     Raises:
         CheckpointError: the files cannot be read as a checkpoint at all.
     """
-    from omnifp4.verify import verify as prove
+    from omnifp4.verification import verify as prove
 
     source = Path(against) if against is not None else None
     return prove(Path(artifact), against=source, threads=threads, progress=progress)
@@ -178,7 +178,7 @@ def convert(
     Raises:
         OmniFP4Error: the artifact is damaged, is in that dialect already, or `out` cannot be made.
     """
-    from omnifp4.convert import convert as run
+    from omnifp4.conversion import convert as run
 
     return run(Path(artifact), Path(out), format, resume=resume, threads=threads, progress=progress)
 
@@ -199,7 +199,7 @@ def repair(
         out: must not exist.
         source: folder of the wide checkpoint it was made from, to recompute what is lost.
     """
-    from omnifp4.convert import repair as run
+    from omnifp4.conversion import repair as run
 
     original = Path(source) if source is not None else None
     return run(Path(artifact), Path(out), with_source=original, resume=resume, threads=threads, progress=progress)

@@ -34,7 +34,7 @@ finally:
 
 SLOW = """
 import sys, time
-from omnifp4.quantize.work import Worker
+from omnifp4.quantization.work import Worker
 plain = Worker.run
 def slow(self, unit):
     sys.stderr.write("unit\\n")

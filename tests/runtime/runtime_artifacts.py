@@ -19,9 +19,9 @@ def quantized(source: Path, out: Path, format: str, recipe: str, rule: str) -> P
     """Quantize with one thread and without the proof, which other rooms test."""
     from omnifp4.checkpoint.folder import open_checkpoint
     from omnifp4.formats.nvfp4 import ScaleRule
-    from omnifp4.quantize.decisions import OutputFormat
-    from omnifp4.quantize.plan import plan_job
-    from omnifp4.quantize.run import run_job
+    from omnifp4.quantization.decisions import OutputFormat
+    from omnifp4.quantization.plan import plan_job
+    from omnifp4.quantization.run import run_job
 
     job = plan_job(open_checkpoint(source), recipe=recipe, rule=ScaleRule(rule), output_format=OutputFormat(format))
     run_job(job, out, threads=1)

@@ -54,7 +54,7 @@ def test_held_bytes_are_the_plans(
     transformers: Any, tiny_omni: Path, artifact: Callable[..., Path], recipe: str
 ) -> None:
     from omnifp4.checkpoint.folder import open_checkpoint
-    from omnifp4.quantize.plan import plan_job, plan_receipt
+    from omnifp4.quantization.plan import plan_job, plan_receipt
     from omnifp4.runtime import load
     from omnifp4.runtime.packed import NVFP4Linear, PackedExperts
 

@@ -24,7 +24,7 @@ def verify(
     """Prove an artifact from its files alone. Exit status 1 if a check fails."""
     from omnifp4.receipt.base import Verdict
     from omnifp4.report.terminal import verification_text
-    from omnifp4.verify import verify as prove
+    from omnifp4.verification import verify as prove
 
     output = Output(as_json=as_json)
     with output.progress("verify") as progress:

@@ -44,8 +44,8 @@ def _unchecked(why: str) -> Check:
 
 
 def _check_artifact(facts: Facts) -> tuple[Check, ...]:
-    from omnifp4.verify import claims, completeness, coverage, ignoring, taking
-    from omnifp4.verify.subject import Subject, read_subject
+    from omnifp4.verification import claims, completeness, coverage, ignoring, taking
+    from omnifp4.verification.subject import Subject, read_subject
 
     if facts.folder is not None:
         subject = read_subject(facts.folder)
