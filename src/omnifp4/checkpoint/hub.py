@@ -165,6 +165,11 @@ def fetch_model(model: str, revision: str | None = None, *, progress: bool | Non
     return folder
 
 
+def local_folder(model: str, revision: str | None = None) -> Path:
+    """The folder of MODEL, downloaded first if it is a Hub id; `~` is the home folder. Raises as `fetch_model`."""
+    return fetch_model(model, revision) if is_hub_id(model) else Path(model).expanduser()
+
+
 def is_offline() -> bool:
     """Whether HF_HUB_OFFLINE forbids requests."""
     from huggingface_hub import constants

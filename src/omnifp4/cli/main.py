@@ -9,7 +9,7 @@ from typing import Final
 
 import typer
 
-from omnifp4.cli import convert, demo, plan, quantize, verify
+from omnifp4.cli import convert, demo, doctor, plan, quantize, talk, verify
 from omnifp4.errors import OmniFP4Error, ProofError
 
 INTERRUPTED: Final = 130
@@ -29,6 +29,10 @@ app.command("quantize")(quantize.quantize)
 app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)
 app.command("repair")(convert.repair)
+app.command("generate")(talk.generate)
+app.command("chat")(talk.chat)
+app.command("doctor")(doctor.doctor)
+app.command("diagnose")(doctor.diagnose)
 
 
 def _version(wanted: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from omnifp4.checkpoint.artifact import find_claims, find_linears
 from omnifp4.checkpoint.folder import LEGACY_QUANT_CONFIG_NAME, Checkpoint, open_checkpoint
-from omnifp4.checkpoint.hub import fetch_model, is_hub_id
+from omnifp4.checkpoint.hub import local_folder
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import CheckpointError, ModelError, OmniFP4Error
 from omnifp4.runtime.backends import choose_backend
@@ -72,7 +72,7 @@ def load(
         OmniFP4Error: anything about the arguments or the checkpoint that is not right; before weights are read, but for
             faults that only the weights show.
     """
-    folder = fetch_model(str(model), revision) if is_hub_id(str(model)) else Path(model)
+    folder = local_folder(str(model), revision)
     checkpoint = open_checkpoint(folder)
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     wanted = _find_dtype(dtype, checkpoint.config)
