@@ -35,7 +35,9 @@ def diagnose(
     script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="A Python script of yours that fails or hangs.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[ARGS]", help="Its arguments, after --.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, help="Stop the script after this many seconds.")] = None,
-    stall: Annotated[float, typer.Option(min=0.1, help="Seconds without a sign of life that count as a stall.")] = 120.0,
+    stall: Annotated[
+        float, typer.Option(min=0.1, help="Seconds without a sign of life that count as a stall.")
+    ] = 120.0,
     as_json: options.Json = False,
 ) -> None:
     """Run SCRIPT under watch and explain its failure, stall or silent mistake. Exit status 1 if anything was found."""

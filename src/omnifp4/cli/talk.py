@@ -33,7 +33,9 @@ LongMedia = Annotated[str, typer.Option(help="Audio and video above the limits: 
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The question; may be left out with media.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The question; may be left out with media.")
+    ] = None,
     image: Images = None,
     audio: Audios = None,
     video: Videos = None,
@@ -100,7 +102,7 @@ def _hush_libraries() -> None:
     """Keep the libraries' advice to programmers out of a conversation; errors stay."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", module=r"transformers\.")
 
 
