@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +13,9 @@ import tiny_model_configs as tiny
 from tiny_model_configs import change
 
 from omnifp4.models import KNOWN_MODEL_TYPES, Kind, Layout, Part, layout_for
+from omnifp4.tiny import released_config
 
-RELEASED = json.loads((Path(__file__).parents[1] / "data" / "qwen3-omni-30b-a3b-instruct.json").read_text())
+RELEASED = released_config("qwen3-omni-30b-a3b")
 
 
 @pytest.fixture(scope="module")

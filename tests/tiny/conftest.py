@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torchvision_on_cpu import declare_missing_operators
 
 from omnifp4.tiny import write_tiny_omni
 
@@ -20,7 +19,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def transformers() -> Any:
     pytest.importorskip("torch", reason="torch is not installed")
-    declare_missing_operators()
     return pytest.importorskip("transformers", reason="transformers is not installed")
 
 
