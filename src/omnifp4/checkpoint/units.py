@@ -97,7 +97,8 @@ def check_finished(staging: Staging, units: Sequence[Unit], writer: OutputWriter
 
     def intact(unit: Unit) -> bool:
         record = staging.finished[unit.name]
-        return all(writer.checksum(name) == crc for name, crc in record["crc"].items())
+        checksums = record.get("crc")
+        return isinstance(checksums, dict) and all(writer.checksum(name) == crc for name, crc in checksums.items())
 
     known = [unit for unit in units if unit.name in staging.finished]
     with ThreadPoolExecutor(threads) as pool:

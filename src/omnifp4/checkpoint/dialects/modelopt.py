@@ -67,7 +67,10 @@ class ModelOpt:
             # Engines may drop the first part, and look for what is left.
             renamed = root.name.partition(".")[2] or root.name
             is_inside = any(renamed in module for module in quantized)
-            if root.is_leaf:
+            if is_inside and root.name.endswith(".lm_head"):
+                # vLLM-Omni puts a part before the head's name, and renames only what is spelled out.
+                entries.append(f"{root.name.removesuffix('.lm_head')}*.lm_head")
+            elif root.is_leaf:
                 entries.append(f"{root.name[:-1]}[{root.name[-1]}]" if is_inside else root.name)
             else:
                 entries.append(f"{root.name}.*" if is_inside else f"{root.name}*")
