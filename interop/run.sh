@@ -36,4 +36,7 @@ for artifact in "$work"/*.modelopt.*; do
 done
 # vLLM builds Qwen3-Omni's head without a name, which no ModelOpt ignore entry can match: a note, not a failure.
 "$home/vllm/bin/python" interop/check_vllm_config.py --allow-nameless-head "$work"/*.sweep
+# The commands that the hand-over makes, as vLLM's own parser and config see them.
+.venv/bin/python interop/export_commands.py "$work/handover"
+"$home/vllm/bin/python" interop/check_vllm_command.py "$work/handover/commands.json"
 echo "interop: all peers agree"

@@ -11,17 +11,32 @@ from typing import TYPE_CHECKING, Any, Final
 from omnifp4.runtime.import_hook import install
 
 if TYPE_CHECKING:
-    from omnifp4.api import convert, plan, quantize, repair, verify
+    from omnifp4.api import bench, convert, evaluate, plan, quantize, repair, sensitivity, verify
     from omnifp4.chat import OmniChat
     from omnifp4.errors import OmniFP4Error
+    from omnifp4.report.writing import write_report
     from omnifp4.runtime import load
 
-__all__ = ["OmniChat", "OmniFP4Error", "convert", "load", "plan", "quantize", "repair", "verify"]
+__all__ = [
+    "OmniChat",
+    "OmniFP4Error",
+    "bench",
+    "convert",
+    "evaluate",
+    "load",
+    "plan",
+    "quantize",
+    "repair",
+    "sensitivity",
+    "verify",
+    "write_report",
+]
 
 HOMES: Final = {
     "OmniChat": "omnifp4.chat",
     "OmniFP4Error": "omnifp4.errors",
     "load": "omnifp4.runtime",
+    "write_report": "omnifp4.report.writing",
 }
 """Where a name comes from; the verbs are in ``omnifp4.api``."""
 

@@ -59,7 +59,8 @@ def processor(transformers: Any, tiny_omni: Path) -> Any:
 def new_chat(model: Any, processor: Any) -> Callable[..., Any]:
     """Opens conversations on the shared model: short, greedy answers that never end by themselves, unless told so."""
     from omnifp4.chat import OmniChat
-    from omnifp4.chat.generation import ThinkerDecoder
+    from omnifp4.chat.loading import open_model
+    from omnifp4.decoding.module_engine import ModuleEngine, ThinkerDecoder
 
     class Talkative(ThinkerDecoder):
         def prefill(self, inputs: Any) -> Any:
@@ -73,8 +74,11 @@ def new_chat(model: Any, processor: Any) -> Callable[..., Any]:
             return logits
 
     def open_chat(**arguments: Any) -> Any:
-        defaults = {"processor": processor, "max_new_tokens": 8, "temperature": 0, "max_speech_seconds": 1.0}
-        defaults["decoder"] = Talkative
-        return OmniChat(arguments.pop("model", model), **{**defaults, **arguments})
+        own, own_processor = arguments.pop("model", model), arguments.pop("processor", processor)
+        if isinstance(own, Path):
+            own, own_processor = open_model(own, own_processor, device="cpu", speech=arguments.get("speech", True))
+        engine = ModuleEngine(own, decoder=arguments.pop("decoder", Talkative))
+        defaults = {"processor": own_processor, "max_new_tokens": 8, "temperature": 0, "max_speech_seconds": 1.0}
+        return OmniChat(own, **{"engine": engine, **defaults, **arguments})
 
     return open_chat

@@ -17,8 +17,11 @@ import chat_media as made
 from omnifp4.chat.answer import Answer, TextPiece
 from omnifp4.chat.errors import ChatError
 from omnifp4.chat.generated import read_generated
-from omnifp4.chat.generation import Options, Sampler, ThinkerDecoder, eos_tokens
+from omnifp4.chat.generation import Options, eos_tokens, sampling_of
 from omnifp4.chat.text_stream import TextStream
+from omnifp4.decoding.engine import DecodingError
+from omnifp4.decoding.module_engine import ThinkerDecoder
+from omnifp4.decoding.sampling import Sampler
 
 
 def stock_tokens(chat: Any, question: str, media: dict[str, Any], count: int) -> list[int]:
@@ -174,7 +177,7 @@ def test_sampling_defaults_come_from_the_checkpoint() -> None:
 
     def picks(options: Options, **defaults: Any) -> set[int]:
         config = SimpleNamespace(**defaults)
-        return {Sampler(options.changed(seed=seed), config, "cpu").pick(ids, logits) for seed in range(40)}
+        return {Sampler(sampling_of(options.changed(seed=seed), config), "cpu").pick(ids, logits) for seed in range(40)}
 
     assert picks(Options()) == {1}
     assert picks(Options(), do_sample=True, temperature=1.0) >= {1, 2}
@@ -209,7 +212,7 @@ def test_damaged_weights_are_told(load_tiny: Callable[[], Any], new_chat: Callab
     broken = load_tiny()
     broken.thinker.lm_head.weight.data[5] = float("nan")
     chat = new_chat(model=broken)
-    with pytest.raises(ChatError, match=r"not finite after .* weights are damaged .*omnifp4 verify"):
+    with pytest.raises(DecodingError, match=r"not finite after .* weights are damaged .*omnifp4 verify"):
         chat.ask("Hello")
     assert chat.history == []
 

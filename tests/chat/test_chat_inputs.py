@@ -13,9 +13,9 @@ pytest.importorskip("torch", reason="torch is not installed")
 import chat_media as made
 
 from omnifp4.chat.errors import ChatError, ContextError, MediaError
-from omnifp4.chat.generation import ThinkerDecoder
 from omnifp4.chat.inputs import build_inputs, prompt_text
 from omnifp4.chat.messages import normalise
+from omnifp4.decoding.module_engine import ThinkerDecoder
 
 IMAGE = {"type": "image", "image": made.picture()}
 AUDIO = {"type": "audio", "audio": made.tone()}
@@ -132,7 +132,7 @@ def test_context_is_trimmed_by_whole_turns(new_chat: Callable[..., Any]) -> None
     answer = chat.ask("And now?")
     assert answer.stats.turns_left_out > 0
     assert answer.stats.prompt_tokens + 8 <= 200
-    inputs, _, _ = chat.start_text(
+    inputs, _ = chat.start_text(
         chat.read([*chat.history[:-2], {"role": "user", "content": "And now?"}])[0], chat.options, keep_states=False
     )
     text = inputs.text

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import chat_media as made
 from omnifp4.chat.answer import Answer, SpeechPiece
 from omnifp4.chat.errors import ChatError
 from omnifp4.chat.generated import read_generated
-from omnifp4.chat.generation import Options, ThinkerDecoder
+from omnifp4.chat.generation import Options
 from omnifp4.chat.inputs import build_inputs
 from omnifp4.chat.messages import user_message
-from omnifp4.chat.speech import Script, choose_speaker, speak
+from omnifp4.chat.speech import FrameDecoder, Script, choose_speaker, speak
 from omnifp4.chat.wav import WavWriter
+from omnifp4.decoding.module_engine import ThinkerDecoder
 
 FRAME = 1920
 CUT = 555
@@ -74,8 +76,9 @@ def script_of(chat: Any, **media: Any) -> tuple[Script, Any]:
     ids=["text", "audio", "image and video", "video with sound"],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("engine", ["auto", "stock"])
 def test_speech_is_that_of_transformers(
-    new_chat: Callable[..., Any], media: dict[str, Any], temperature: float
+    new_chat: Callable[..., Any], media: dict[str, Any], temperature: float, engine: str
 ) -> None:
     chat = new_chat()
     script, arguments = script_of(chat, **media)
@@ -84,7 +87,8 @@ def test_speech_is_that_of_transformers(
         **arguments, speaker="Chelsie", talker_max_new_tokens=21, talker_do_sample=temperature > 0
     )
     (theirs,) = read_generated(output, 0).waveforms or ()
-    options = Options(seed=5, speech_temperature=temperature, max_speech_seconds=20 * FRAME / 24_000)
+    seconds = 20 * FRAME / 24_000
+    options = Options(seed=5, speech_temperature=temperature, max_speech_seconds=seconds, speech_engine=engine)
     (ours,) = speak(chat.model, script, options, chunks=False)
     assert len(ours) == 20 * FRAME - CUT
     assert (ours == theirs).all(), "bit for bit: the same talker, the same draws, one decode"
@@ -103,17 +107,37 @@ def test_chunks_are_the_whole(new_chat: Callable[..., Any]) -> None:
     assert np.abs(whole[1:] - whole[:-1]).max() > 0.1
 
 
+def test_a_thread_that_decodes_gives_the_same(new_chat: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; and what fails in it arrives."""
+    chat = new_chat()
+    script, _ = script_of(chat)
+    options = Options(max_speech_seconds=20 * FRAME / 24_000)
+    here = list(speak(chat.model, script, options, chunks=True))
+    monkeypatch.setattr(FrameDecoder, "on_gpu", True)
+    monkeypatch.setattr(FrameDecoder, "beside_the_talker", lambda _: nullcontext())
+    there = list(speak(chat.model, script, options, chunks=True))
+    assert len(here) == len(there) == 2 and all((a == b).all() for a, b in zip(here, there, strict=True))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(chat.model.code2wav, "forward", fail)
+    with pytest.raises(ValueError, match="broken"):
+        list(speak(chat.model, script, replace(options, max_speech_seconds=300.0), chunks=True))
+
+
 def test_long_speech_has_no_seams(new_chat: Callable[..., Any]) -> None:
     """Beyond 300 frames the model's own chunked_decode leaves 23 ms out; the whole decoded at once does not."""
     chat = new_chat()
     script, _ = script_of(chat)
     options = Options(max_speech_seconds=310 * FRAME / 24_000)
     codes: list[Any] = []
-    hook = chat.model.talker.register_forward_hook(lambda _, __, output: codes.append(output.hidden_states[1]))
     with exact_waveforms(chat.model) as code2wav, torch.no_grad():
+        hook = code2wav.register_forward_pre_hook(lambda _, arguments: codes.append(arguments[0]))
         ours = np.concatenate(list(speak(chat.model, script, options, chunks=False)))
         hook.remove()
-        stacked = torch.stack([code for code in codes if code is not None], dim=-1)
+        first, last = codes
+        stacked = torch.cat([first, last[..., first.shape[-1] - 310 :]], dim=-1)
         whole = code2wav(stacked)[0, 0].numpy()
         stock = code2wav.chunked_decode(stacked)[0, 0].numpy()
     assert stacked.shape[-1] == 310 and len(stock) == len(whole) - CUT
@@ -208,11 +232,12 @@ def test_errors_of_the_talker_arrive(new_chat: Callable[..., Any], monkeypatch: 
         raise ValueError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(chat.model.talker, "generate", fail)
+        patch.setattr(chat.model.talker.model, "forward", fail)
         with pytest.raises(ValueError, match="broken"):
             chat.ask("Hello", speak=True)
     assert chat.history == []
-    assert "generate" not in chat.model.thinker.__dict__, "borrowed methods are given back"
+    for part in (chat.model.thinker, chat.model.talker):
+        assert "generate" not in part.__dict__, "borrowed methods are given back"
     assert chat.ask("Hello", speak=True).waveform is not None
 
 
@@ -221,7 +246,7 @@ def test_leaving_early_ends_the_talker(new_chat: Callable[..., Any]) -> None:
 
     chat = new_chat(max_speech_seconds=300)
     steps: list[Any] = []
-    hook = chat.model.talker.register_forward_hook(lambda *_: steps.append(None))
+    hook = chat.model.talker.codec_head.register_forward_hook(lambda *_: steps.append(None))
     for event in chat.stream("Hello", speak=True):
         if isinstance(event, SpeechPiece):
             break

@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import chat_media as made
 
 from omnifp4.chat.errors import ChatError, MediaError
-from omnifp4.chat.generation import ThinkerDecoder
 from omnifp4.chat.omni_chat import OmniChat
+from omnifp4.decoding.module_engine import ThinkerDecoder
 
 
 def expected_prompt(system: str, turns: list[tuple[str, str]], question: str) -> str:

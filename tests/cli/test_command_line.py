@@ -228,8 +228,12 @@ def test_a_limit_on_file_size_is_a_full_disk(tiny_omni: Path, tmp_path: Path, wh
 
 
 def test_the_demo_shows_the_whole_path(tmp_path: Path) -> None:
-    done = run("demo", tmp_path / "demo")
+    done = run("demo", tmp_path / "demo", timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
+    page = Path(done.stdout.splitlines()[-1])
+    assert page == tmp_path / "demo" / "report.html"
+    for section in ("proof", "size", "quality", "sensitivity", "weights", "speed", "fit"):
+        assert f'<section id="{section}" aria-labelledby="{section}-heading">' in page.read_text(), section
     planned, written = re.search(r"planned ([\d,]+) bytes of weights, wrote ([\d,]+)", done.stdout).groups()  # type: ignore[union-attr]
     assert planned == written
     assert "PASS" in done.stdout

@@ -11,8 +11,9 @@ from rich.console import Console, RenderableType
 import omnifp4
 from omnifp4.receipt.base import Verdict, this_environment
 from omnifp4.receipt.verification import Check, TensorError, VerificationReceipt
+from omnifp4.report.figures import count_text, size_text
 from omnifp4.report.model_card import MOST_LEFT_OUT, model_card
-from omnifp4.report.terminal import count_text, plan_text, quantization_text, size_text, verification_text
+from omnifp4.report.terminal import plan_text, quantization_text, verification_text
 
 
 def rendered(shown: RenderableType, width: int = 80) -> str:

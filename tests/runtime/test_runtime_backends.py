@@ -118,3 +118,20 @@ def test_a_request_never_falls_back(device: str) -> None:
         OmniFP4Error, match=f"backend 'compiled-cpu' cannot run on {device}: compiled-cpu reads host memory"
     ):
         choose_backend(device, "compiled-cpu")
+
+
+def test_kernels_for_a_gpu_are_chosen_with_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    backend, reason = choose_backend("cuda")
+    assert (backend.name, reason) == (
+        "triton",
+        "the weights are on a CUDA GPU, where Triton kernels read them packed",
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    backend, reason = choose_backend("cuda")
+    assert backend.name == "torch"
+    assert "compute capability 8.0" in reason
+    with pytest.raises(OmniFP4Error, match="backend 'triton' cannot run on cpu: triton runs on a CUDA GPU, not on cpu"):
+        choose_backend("cpu", "triton")

@@ -1,34 +1,19 @@
-"""Text, token by token, from a thinker; and one reader for all that ``generate()`` returns.
-
-The loop is our own rather than ``generate()``, for what that cannot do: give each token as it comes, stop between two
-tokens, go on later from the same cache, draw from its own random numbers, and keep of a long prompt only what speech
-needs - the logits of the last position and the hidden states of one layer, where ``generate()`` keeps the logits of
-every position (10 GB at 32,000 tokens) and the states of all layers.
-"""
+"""One answer's text: its options, where it ends, and what is shown of it; an engine makes its tokens."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from omnifp4.chat.answer import FinishReason
 from omnifp4.chat.errors import ChatError
 from omnifp4.chat.inputs import ModelInputs
 from omnifp4.chat.text_stream import TextStream
-
-_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-_locks_lock = threading.Lock()
-
-
-def model_lock(model: Any) -> threading.RLock:
-    """Held while hooks or borrowed methods sit on a model, or a part of one, that several chats may share."""
-    with _locks_lock:
-        return _locks.setdefault(model, threading.RLock())
+from omnifp4.decoding.engine import Engine, Sampling, Sequence
+from omnifp4.decoding.speech_choice import check_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +30,7 @@ class Options:
         stop: strings that end the text; they are not part of it.
         max_speech_seconds: the most speech.
         speech_temperature: of the talker; 0 takes the likeliest code.
+        speech_engine: what makes the speech, one of `omnifp4.decoding.speech_choice.ENGINES`.
     """
 
     max_new_tokens: int = 1024
@@ -56,6 +42,7 @@ class Options:
     stop: tuple[str, ...] = ()
     max_speech_seconds: float = 300.0
     speech_temperature: float = 0.9
+    speech_engine: str = "auto"
 
     def changed(self, **options: Any) -> Options:
         """A copy with some values changed and checked.
@@ -77,6 +64,7 @@ class Options:
                 raise ChatError(f"{name} is {value!r}", hint=f"allowed: {low:g} to {high:g}")
             if name in _WHOLE and not isinstance(value, int):
                 raise ChatError(f"{name} is {value!r}", hint="a whole number")
+        check_name(result.speech_engine)
         if not all(isinstance(one, str) and one for one in result.stop):
             raise ChatError(f"stop is {result.stop!r}", hint="strings that are not empty")
         return result
@@ -96,146 +84,50 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
-class Sampler:
-    """Picks tokens with its own random numbers, in the order of steps that ``generate()`` uses."""
+def sampling_of(options: Options, defaults: Any) -> Sampling:
+    """What an answer's options and the checkpoint's generation_config (None: it has none) say together."""
 
-    def __init__(self, options: Options, defaults: Any, device: Any) -> None:
-        """`defaults` is the checkpoint's generation_config, or None."""
-        import torch
-        from transformers.generation import logits_process as steps
+    def value(name: str, otherwise: Any) -> Any:
+        own = getattr(options, name)
+        return own if own is not None else (getattr(defaults, name, None) or otherwise)
 
-        def value(name: str, otherwise: Any) -> Any:
-            own = getattr(options, name)
-            return own if own is not None else (getattr(defaults, name, None) or otherwise)
-
-        greedy = not getattr(defaults, "do_sample", False) if options.temperature is None else not options.temperature
-        penalty = value("repetition_penalty", 1.0)
-        self._steps: list[Any] = []
-        if penalty != 1:
-            self._steps.append(steps.RepetitionPenaltyLogitsProcessor(float(penalty)))
-        if not greedy:
-            temperature, top_k, top_p = value("temperature", 1.0), value("top_k", 0), value("top_p", 1.0)
-            if temperature != 1:
-                self._steps.append(steps.TemperatureLogitsWarper(float(temperature)))
-            if top_k:
-                self._steps.append(steps.TopKLogitsWarper(int(top_k)))
-            if top_p < 1:
-                self._steps.append(steps.TopPLogitsWarper(float(top_p)))
-        self._random = None if greedy else torch.Generator(device).manual_seed(options.seed)
-
-    def pick(self, ids: Any, logits: Any) -> int:
-        """The next token; `ids` has shape ``(1, tokens)``, `logits` ``(1, vocabulary)`` in float32.
-
-        Raises:
-            ChatError: the logits are not numbers.
-        """
-        import torch
-
-        if not bool(torch.isfinite(logits.max())):
-            raise ChatError(
-                f"the model's output is not finite after {ids.shape[1]} tokens: its weights are damaged",
-                hint="omnifp4 verify MODEL",
-            )
-        for step in self._steps:
-            logits = step(ids, logits)
-        if self._random is None:
-            return int(logits.argmax())
-        return int(torch.multinomial(logits.softmax(-1)[0], 1, generator=self._random))
-
-
-class ThinkerDecoder:
-    """The thinker with its cache: one prefill, then one token at a time.
-
-    All state is here and none in the model, so conversations can take turns on one model.
-    """
-
-    def __init__(self, model: Any, *, keep_states: bool) -> None:
-        """`keep_states`: keep the hidden states that the talker reads."""
-        self._thinker = model.thinker
-        self._lock = model_lock(model.thinker)
-        self._layer = model.config.talker_config.accept_hidden_layer if keep_states else None
-        self._cache: Any = None
-        self._shift: Any = None
-        self._length = 0
-        self.states: Any = None
-        """Hidden states of the prompt that the talker reads, shape ``(1, tokens, hidden)``; None if not kept."""
-
-    def prefill(self, inputs: ModelInputs) -> Any:
-        """Reads the prompt; returns the next token's logits, float32, shape ``(1, vocabulary)``."""
-        import torch
-
-        tensors = dict(inputs.tensors)
-        ids, mask = tensors["input_ids"], tensors["attention_mask"]
-        audio_mask = tensors.get("feature_attention_mask")
-        with torch.no_grad(), self._lock, self._only_what_is_read():
-            positions, self._shift = self._thinker.get_rope_index(
-                ids,
-                image_grid_thw=tensors.get("image_grid_thw"),
-                video_grid_thw=tensors.get("video_grid_thw"),
-                attention_mask=mask,
-                use_audio_in_video=inputs.sound_in_video,
-                audio_seqlens=None if audio_mask is None else audio_mask.sum(-1),
-                second_per_grids=tensors.get("video_second_per_grid"),
-            )
-            text_positions = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1)
-            positions = torch.cat([text_positions, positions.to(ids.device)])
-            output = self._thinker(
-                **tensors, position_ids=positions, use_audio_in_video=inputs.sound_in_video, use_cache=True
-            )
-        self._cache = output.past_key_values
-        self._length = ids.shape[1]
-        return output.logits[:, -1].float()
-
-    def step(self, token: int) -> Any:
-        """Reads one more token; returns as `prefill`."""
-        import torch
-
-        device = self._shift.device
-        place = torch.tensor([[[self._length]]], device=device)
-        positions = torch.cat([place, (place + self._shift.view(1, 1, 1)).expand(3, 1, 1)])
-        with torch.no_grad():
-            output = self._thinker(
-                input_ids=torch.tensor([[token]], device=device),
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-            )
-        self._length += 1
-        return output.logits[:, -1].float()
-
-    @contextmanager
-    def _only_what_is_read(self) -> Iterator[None]:
-        hooks = [self._thinker.lm_head.register_forward_pre_hook(lambda _, values: (values[0][:, -1:],))]
-        if self._layer is not None:
-            text = self._thinker.get_decoder()
-
-            def keep(_: Any, __: Any, output: Any) -> None:
-                self.states = output[0] if isinstance(output, tuple) else output
-
-            # What `output_hidden_states` calls number k is what layer k - 1 gives, or the norm after the last.
-            read = text.layers[self._layer - 1] if self._layer < len(text.layers) else text.norm
-            hooks.append(read.register_forward_hook(keep))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    greedy = not getattr(defaults, "do_sample", False) if options.temperature is None else not options.temperature
+    return Sampling(
+        temperature=0.0 if greedy else float(value("temperature", 1.0)),
+        top_k=int(value("top_k", 0)),
+        top_p=float(value("top_p", 1.0)),
+        repetition_penalty=float(value("repetition_penalty", 1.0)),
+        seed=options.seed,
+    )
 
 
 class TextRun:
-    """One answer's text in the making."""
+    """One answer's text in the making.
+
+    It gives its place in the engine back when it ends, by itself or because nobody holds it any more.
+    """
 
     def __init__(
-        self, decoder: Any, inputs: ModelInputs, tokenizer: Any, sampler: Sampler, eos: frozenset[int], options: Options
+        self,
+        engine: Engine,
+        inputs: ModelInputs,
+        tokenizer: Any,
+        sampling: Sampling,
+        eos: frozenset[int],
+        options: Options,
+        *,
+        keep_states: bool = False,
     ) -> None:
-        """`decoder` is a `ThinkerDecoder`, or whatever has its `prefill` and `step`."""
-        self._decoder = decoder
+        """Takes no place yet; `keep_states` keeps the hidden states that speech needs."""
+        self._engine = engine
         self._inputs = inputs
-        self._sampler = sampler
+        self._sampling = sampling
         self._eos = eos
         self._options = options
+        self._keep_states = keep_states
         self._stream = TextStream(tokenizer, options.stop)
-        self._ids = inputs.tensors["input_ids"]
+        self._sequence: Sequence | None = None
+        self._give_back: Callable[[], object] = lambda: None
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.first_token_at = 0.0
@@ -245,37 +137,95 @@ class TextRun:
     def text(self) -> str:
         return self._stream.text
 
+    @property
+    def inputs(self) -> ModelInputs:
+        """The prompt."""
+        return self._inputs
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self._inputs.prompt_tokens
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the engine need not go on, told by the tokens alone; `collect` may find a stop string besides."""
+        made = [] if self._sequence is None else self._sequence.tokens
+        return self.finish_reason is not None or bool(
+            made and (made[-1] in self._eos or len(made) >= self._options.max_new_tokens)
+        )
+
+    @property
+    def sequence(self) -> Sequence | None:
+        """What the engine steps; None before `begin`."""
+        return self._sequence
+
+    @property
+    def states(self) -> Any:
+        """Hidden states of the prompt, ``(1, tokens, hidden)``; None if not kept, or not begun."""
+        return None if self._sequence is None else self._sequence.states
+
     def advance(self) -> str:
         """Makes one token; returns the text that became final, often none."""
-        import torch
-
         if self.finish_reason is not None:
             return ""
-        logits = self._decoder.step(self.tokens[-1]) if self.tokens else self._decoder.prefill(self._inputs)
-        token = self._sampler.pick(self._ids, logits)
-        self._ids = torch.cat([self._ids, self._ids.new_tensor([[token]])], dim=1)
+        if self._sequence is None:
+            return self.begin()
+        self._engine.step([self._sequence])
+        return self.collect()
+
+    def begin(self) -> str:
+        """Takes a place in the engine and makes the first token; returns as `advance`.
+
+        Raises:
+            EngineFull: there is no place now; this may be called again.
+        """
+        self.open()
+        return self.collect()
+
+    def open(self) -> None:
+        """As `begin`, but leaves what the engine has made to `collect`, which another thread may call."""
+        sequence = self._engine.start(
+            self._inputs, self._sampling, most_tokens=self._options.max_new_tokens, keep_states=self._keep_states
+        )
+        self._give_back = weakref.finalize(self, self._engine.stop, sequence)
+        self._sequence = sequence
+
+    def collect(self) -> str:
+        """Takes what the engine has made since; returns as `advance`."""
+        pieces = []
+        made = [] if self._sequence is None else self._sequence.tokens
+        while self.finish_reason is None and len(self.tokens) < len(made):
+            pieces.append(self._take(made[len(self.tokens)]))
+        return "".join(pieces)
+
+    def interrupt(self) -> str:
+        """Ends it here; returns text that was held back."""
+        if self.finish_reason is not None:
+            return ""
+        self._end("interrupted")
+        return self._stream.finish()
+
+    def _take(self, token: int) -> str:
         self.tokens.append(token)
         self.last_token_at = time.perf_counter()
         self.first_token_at = self.first_token_at or self.last_token_at
         if token in self._eos:
-            self.finish_reason = "eos"
+            self._end("eos")
             return self._stream.finish()
         piece = self._stream.add(token)
         full = len(self.tokens) >= self._options.max_new_tokens
         if full:
             piece += self._stream.finish()
         if self._stream.stopped:
-            self.finish_reason = "stop"
+            self._end("stop")
         elif full:
-            self.finish_reason = "length"
+            self._end("length")
         return piece
 
-    def interrupt(self) -> str:
-        """Ends it here; returns text that was held back."""
-        if self.finish_reason is not None:
-            return ""
-        self.finish_reason = "interrupted"
-        return self._stream.finish()
+    def _end(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        self._give_back()
 
 
 def eos_tokens(model: Any) -> frozenset[int]:

@@ -23,21 +23,25 @@ class MediaRules:
     Attributes:
         allow_files: local files: True, False, or the only folder they may lie in.
         allow_urls: web addresses: False, True, or the only host names.
+        allow_private_hosts: allowed web addresses may lead to private networks and to this machine.
         max_bytes: the most that a data URL, bytes or a web address may hold.
         max_image_pixels: larger images are refused before they are decoded.
         max_audio_seconds: 40 minutes, the longest input the released model was made for.
         max_video_seconds: longer videos do not fit its context with their sound.
         max_video_tokens: frames of long videos are scaled down to stay within.
+        max_decode_seconds: of computing, that the frames of one video may take.
         long_media: refuse audio and video above these lengths, or use their beginning and say so.
     """
 
     allow_files: bool | Path = True
     allow_urls: bool | Collection[str] = False
+    allow_private_hosts: bool = True
     max_bytes: int = 256_000_000
     max_image_pixels: int = 89_000_000
     max_audio_seconds: float = 2400.0
     max_video_seconds: float = 600.0
     max_video_tokens: int = 24_000
+    max_decode_seconds: float = 600.0
     long_media: TooLong = "refuse"
 
     def __post_init__(self) -> None:
@@ -46,11 +50,17 @@ class MediaRules:
 
     @property
     def reach(self) -> Reach:
-        return Reach(self.allow_files, self.allow_urls, self.max_bytes)
+        return Reach(self.allow_files, self.allow_urls, self.max_bytes, private=self.allow_private_hosts)
 
     @property
     def video(self) -> VideoLimits:
-        return VideoLimits(self.max_video_seconds, self.max_image_pixels, self.max_video_tokens, self.long_media)
+        return VideoLimits(
+            self.max_video_seconds,
+            self.max_image_pixels,
+            self.max_video_tokens,
+            self.long_media,
+            self.max_decode_seconds,
+        )
 
 
 def load_media(messages: Sequence[Message], rules: MediaRules) -> tuple[list[Message], tuple[str, ...]]:

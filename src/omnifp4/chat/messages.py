@@ -190,6 +190,8 @@ def _content(value: Any, kind: str, where: str) -> Part:
     if kind == "text":
         if not isinstance(value, str):
             raise ChatError(f"{where} has {_name(value)} as text", hint="text is a string")
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ChatError(f"{where} holds half of a surrogate pair, which is no character", hint="send UTF-8")
         return {"type": "text", "text": value}
     if kind == "input_audio":
         fields = _fields(value, ("data", "format"), where, kind)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 from omnifp4.chat.answer import SAMPLING_RATE, Answer, Stats, Waveform
@@ -37,9 +39,7 @@ class Meter:
             import torch
 
             return int(torch.cuda.max_memory_allocated(self._device)), "cuda"
-        # Linux counts in KiB, macOS in bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
+        return peak_process_bytes(), "process"
 
     @contextmanager
     def out_of_memory(self) -> Iterator[None]:
@@ -89,3 +89,18 @@ class Meter:
         )
         reason = "interrupted" if cut or run is None else run.finish_reason
         return Answer(run.text if run is not None else "", waveform, tokens, reason or "interrupted", stats)
+
+
+def process_bytes() -> int:
+    """Bytes of memory that this process holds now; where the system does not tell, the most it ever held."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_process_bytes()
+
+
+def peak_process_bytes() -> int:
+    """The most bytes of memory that this process has held."""
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -11,13 +11,14 @@ import numpy as np
 
 from omnifp4.chat.answer import Answer, Events, SpeechPiece, TextPiece, Waveform, drain
 from omnifp4.chat.errors import ChatError
-from omnifp4.chat.generation import Options, Sampler, TextRun, ThinkerDecoder, eos_tokens
+from omnifp4.chat.generation import Options, TextRun, eos_tokens, sampling_of
 from omnifp4.chat.inputs import ContextRule, ModelInputs, fit_context, prompt_text, special_tokens
 from omnifp4.chat.loading import open_model
 from omnifp4.chat.media import MediaRules, load_media
 from omnifp4.chat.messages import Message, check_last, normalise, user_message
 from omnifp4.chat.meter import Meter
 from omnifp4.chat.speech import Script, choose_speaker, speak, speakers
+from omnifp4.decoding.engine import Engine, shared_engine
 
 
 class OmniChat:
@@ -31,6 +32,8 @@ class OmniChat:
         processor: its processor.
         history: messages so far, media decoded; the system message is not among them.
         system: the system message, or None.
+        engine: what makes the text.
+        context_tokens: the most tokens of prompt and answer.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class OmniChat:
         rules: MediaRules | None = None,
         context: ContextRule = "trim",
         context_tokens: int | None = None,
-        decoder: Callable[..., Any] = ThinkerDecoder,
+        engine: str | Engine = "auto",
         **options: Any,
     ) -> None:
         """Opens a conversation.
@@ -57,8 +60,9 @@ class OmniChat:
             system: the system message.
             rules: limits of media; None takes `MediaRules()`, which reads local files and data URLs.
             context: leave the oldest turns out when the conversation grows too long, or refuse.
-            context_tokens: limit of prompt and answer; None takes the config's.
-            decoder: makes the text's logits; a faster one than ours may stand in.
+            context_tokens: limit of prompt and answer; None takes the engine's.
+            engine: what makes the text: `auto`, a name that `choose_engine` takes, or one that it made. By name, all
+                conversations on a model share one.
             **options: defaults of every answer, see `Options`.
         """
         if context not in ("trim", "refuse"):
@@ -69,9 +73,10 @@ class OmniChat:
         self.rules = rules if rules is not None else MediaRules()
         self.context: ContextRule = context
         most = self.model.config.thinker_config.text_config.max_position_embeddings
-        self.context_tokens = min(context_tokens or most, most)
+        wanted = min(context_tokens, most) if context_tokens else None
+        self.engine = shared_engine(self.model, engine, context_tokens=wanted) if isinstance(engine, str) else engine
+        self.context_tokens = min(wanted or most, self.engine.context_tokens)
         self._markers = special_tokens(self.processor)
-        self._decoder = decoder
         self.history: list[Message] = []
         self.system = system
         self._system_message()
@@ -169,8 +174,8 @@ class OmniChat:
 
     def start_text(
         self, messages: Sequence[Message], options: Options, *, keep_states: bool
-    ) -> tuple[ModelInputs, Any, TextRun]:
-        """Inputs within the context, their decoder, and the run that makes the text; messages come from `read`."""
+    ) -> tuple[ModelInputs, TextRun]:
+        """Inputs within the context, and the run that makes the text; messages come from `read`."""
         inputs = fit_context(
             self.model,
             self.processor,
@@ -180,11 +185,10 @@ class OmniChat:
             new_tokens=options.max_new_tokens,
             rule=self.context,
         )
-        decoder = self._decoder(self.model, keep_states=keep_states)
-        defaults = getattr(self.model, "generation_config", None)
-        sampler = Sampler(options, defaults, self.device)
+        sampling = sampling_of(options, getattr(self.model, "generation_config", None))
         eos = eos_tokens(self.model)
-        return inputs, decoder, TextRun(decoder, inputs, self.processor.tokenizer, sampler, eos, options)
+        tokenizer = self.processor.tokenizer
+        return inputs, TextRun(self.engine, inputs, tokenizer, sampling, eos, options, keep_states=keep_states)
 
     def speaker(self, wanted: bool | str) -> str | None:
         """The speaker's name, or None where no speech is wanted.
@@ -200,14 +204,14 @@ class OmniChat:
             )
         return choose_speaker(self.model, wanted)
 
-    def script(self, inputs: ModelInputs, decoder: Any, run: TextRun, speaker: str) -> Script:
+    def script(self, inputs: ModelInputs, run: TextRun, speaker: str) -> Script:
         """What the talker is to say of a text that is done."""
         eos = self.model.config.im_end_token_id
         ends = eos_tokens(self.model)
         tokens = [token for token in run.tokens if token not in ends]
         if run.finish_reason == "stop":
             tokens = self.processor.tokenizer(run.text)["input_ids"]
-        return Script(inputs, decoder.states, tuple(tokens) if run.text.strip() else (), eos, speaker)
+        return Script(inputs, run.states, tuple(tokens) if run.text.strip() else (), eos, speaker)
 
     def _completion(self, messages: Any, wanted: bool | str, chunks: bool, changes: dict[str, Any]) -> Events:
         began = time.perf_counter()
@@ -226,7 +230,7 @@ class OmniChat:
 
         def keep(text: str, whole: bool) -> None:
             if text or whole:
-                answer = {"role": "assistant", "content": [{"type": "text", "text": self._defused(text)}]}
+                answer = {"role": "assistant", "content": [{"type": "text", "text": self.defused(text)}]}
                 self.history = [*before, loaded, answer]
 
         conversation = [*self._system_message(), *before, loaded]
@@ -251,13 +255,13 @@ class OmniChat:
         try:
             with meter.out_of_memory():
                 try:
-                    inputs, decoder, run = self.start_text(messages, options, keep_states=speaker is not None)
+                    inputs, run = self.start_text(messages, options, keep_states=speaker is not None)
                     while run.finish_reason is None:
                         if piece := run.advance():
                             yield TextPiece(piece)
                     if speaker is not None:
                         meter.speech_begins()
-                        script = self.script(inputs, decoder, run, speaker)
+                        script = self.script(inputs, run, speaker)
                         with closing(speak(self.model, script, options, chunks=chunks)) as spoken:
                             for waveform in spoken:
                                 pieces.append(waveform)
@@ -276,7 +280,7 @@ class OmniChat:
                 keep(run.text, run.finish_reason is not None)
             raise
 
-    def _defused(self, text: str) -> str:
+    def defused(self, text: str) -> str:
         """A marker that the model spelled in letters must not become one when it is read again."""
         for marker in self._markers:
             if marker in text:

@@ -40,7 +40,6 @@ class SessionState:
     tokens: int = 0
     finished: bool = False
     _inputs: ModelInputs | None = field(default=None, repr=False)
-    _decoder: Any = field(default=None, repr=False)
     _run: TextRun | None = field(default=None, repr=False)
     _options: Options = field(default_factory=Options, repr=False)
     _notes: tuple[str, ...] = field(default=(), repr=False)
@@ -68,11 +67,10 @@ class StepSession:
         loaded, notes = self.chat.read(messages)
         meter = Meter(self.chat.device, began)
         with meter.out_of_memory():
-            inputs, decoder, run = self.chat.start_text(loaded, chosen, keep_states=speaker is not None)
+            inputs, run = self.chat.start_text(loaded, chosen, keep_states=speaker is not None)
         return SessionState(
             loaded,
             _inputs=inputs,
-            _decoder=decoder,
             _run=run,
             _options=chosen,
             _notes=notes,
@@ -105,12 +103,12 @@ class StepSession:
         waveform = None
         if state._speaker is not None and state._inputs is not None:
             meter.speech_begins()
-            script = self.chat.script(state._inputs, state._decoder, run, state._speaker)
+            script = self.chat.script(state._inputs, run, state._speaker)
             with meter.out_of_memory():
                 pieces = list(speak(self.chat.model, script, state._options, chunks=False))
             waveform = np.concatenate(pieces) if pieces else None
         answer = meter.answer(state._inputs, run, waveform, state._notes)
-        state._run = state._decoder = None
+        state._run = None
         return answer
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omnifp4.chat.download import download
 from omnifp4.chat.errors import MediaError, need
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
@@ -35,12 +36,14 @@ class Reach:
         urls: web addresses: False, True, or the only host names.
         max_bytes: the most that a data URL, bytes or a web address may hold; files are read piece by piece.
         seconds: patience with a web server.
+        private: allowed host names may lead to private networks and to this machine.
     """
 
     files: bool | Path = True
     urls: bool | Collection[str] = False
     max_bytes: int = 256_000_000
     seconds: float = 30.0
+    private: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,14 @@ class Encoded:
             return self.content[:HEAD_BYTES]
         with self.content.open("rb") as file:
             return file.read(HEAD_BYTES)
+
+
+def scheme_of(source: str) -> str:
+    """``data``, ``http`` and so on; empty for a path."""
+    if source[:5].lower() == "data:":
+        return "data"
+    match = _SCHEME.match(source)
+    return match[1].lower() if match else ""
 
 
 def fetch(source: str | os.PathLike[str] | bytes, kind: str, reach: Reach, where: str) -> Encoded:
@@ -222,17 +233,10 @@ def _allow_url(url: str, reach: Reach, where: str) -> None:
 
 
 def _download(url: str, reach: Reach, where: str) -> bytes:
-    _allow_url(url, reach, where)
+    def allow(address: str) -> None:
+        _allow_url(address, reach, where)
 
-    class Redirects(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-            _allow_url(newurl, reach, where)
-            return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-    request = urllib.request.Request(url, headers={"User-Agent": "omnifp4"})
     try:
-        with urllib.request.build_opener(Redirects).open(request, timeout=reach.seconds) as response:
-            data: bytes = response.read(reach.max_bytes + 1)
+        return download(url, allow, max_bytes=reach.max_bytes, seconds=reach.seconds, private=reach.private)
     except (OSError, ValueError) as error:
         raise MediaError(f"{where}: cannot read {url[:80]!r}: {error}") from error
-    return data

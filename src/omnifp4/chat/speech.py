@@ -1,8 +1,8 @@
 """Speech: the talker's codes to a waveform while they are made.
 
-Transformers' own ``generate()`` assembles the talker's input and runs it; only its first part is replaced by the text
-that is there already, and its last by a decoder that has decoded all along. It runs in a thread, so that chunks can be
-heard while the next are made, and so that Ctrl-C ends it between two codes and never within one.
+Transformers' own ``generate()`` assembles the talker's input; `omnifp4.decoding.speech_engine` runs the talker, on a GPU
+as one CUDA graph a frame. It runs in a thread, so that chunks can be heard while the next are made, and so that Ctrl-C
+ends it between two frames and never within one; another thread decodes.
 
 code2wav is causal: the waveform of the first n frames is a beginning of the waveform of all. Decoding again with enough
 frames before the new ones therefore gives the same samples as decoding everything at once, to the rounding of kernels
@@ -15,9 +15,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,9 @@ import numpy as np
 from omnifp4.chat.answer import SAMPLING_RATE, Waveform
 from omnifp4.chat.errors import ChatError
 from omnifp4.chat.generated import read_generated
-from omnifp4.chat.generation import Options, model_lock
+from omnifp4.chat.generation import Options
 from omnifp4.chat.inputs import ModelInputs
+from omnifp4.decoding.model_lock import model_lock
 
 FIRST_FRAMES = 12
 """About a second: the first chunk comes early."""
@@ -109,16 +110,94 @@ def speak(model: Any, script: Script, options: Options, *, chunks: bool) -> Gene
 
 def _work(model: Any, script: Script, options: Options, chunks: bool, pieces: Any, stop: threading.Event) -> None:
     try:
-        _run_talker(model, script, options, _Frames(model, pieces, chunks), stop)
+        from omnifp4.decoding.speech_choice import choose_speech
+
+        way, _ = choose_speech(model, options.speech_engine)
+        frames = FrameDecoder(model, pieces, chunks)
+        with model_lock(model):
+            if way == "stock":
+                _run_stock(model, script, options, frames, stop)
+            else:
+                _run_engine(model, script, options, frames, stop, way)
     except BaseException as error:
         pieces.put(error)
     finally:
         pieces.put(None)
 
 
-def _run_talker(model: Any, script: Script, options: Options, frames: _Frames, stop: threading.Event) -> None:
+def _run_engine(
+    model: Any, script: Script, options: Options, frames: FrameDecoder, stop: threading.Event, way: str
+) -> None:
+    """Codes from our own loop."""
+    from omnifp4.decoding.speech_engine import engine_for
+    from omnifp4.decoding.speech_sampling import CodeSampling
+    from omnifp4.decoding.talker_opening import assemble
+
+    opening = assemble(
+        model,
+        script.inputs.tensors,
+        _written(model, script),
+        eos=script.eos,
+        speaker=script.speaker,
+        sound_in_video=script.inputs.sound_in_video,
+    )
+    sampling = CodeSampling(
+        greedy=not options.speech_temperature,
+        temperature=float(options.speech_temperature) or 1.0,
+        top_k=opening.top_k,
+        top_p=opening.top_p,
+        repetition_penalty=opening.repetition_penalty,
+    )
+    most_frames = max(1, frames.number_of(options.max_speech_seconds))
+    made = engine_for(model.talker, way).frames(opening, sampling, seed=options.seed, most_frames=most_frames)
+    with closing(made):
+        decode_beside(made, frames, stop)
+
+
+def decode_beside(made: Iterator[Any], frames: FrameDecoder, stop: threading.Event) -> None:
+    """Decodes frames while more are made: on a GPU in another thread, so that neither waits for the other.
+
+    Args:
+        made: codes of frame after frame, ``[groups]``.
+        frames: gets them.
+        stop: set by who listens no longer.
+    """
+    if not frames.on_gpu:
+        # Both would use all cores, each in the way of the other.
+        for frame in made:
+            if stop.is_set():
+                return
+            frames.add(frame[None])
+        frames.flush()
+        return
+    codes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with ThreadPoolExecutor(1, thread_name_prefix="omnifp4-speech") as pool:
+        decoded = pool.submit(_decode, frames, codes, stop)
+        try:
+            for frame in made:
+                if stop.is_set() or decoded.done():
+                    break
+                codes.put(frame)
+        finally:
+            codes.put(None)
+        decoded.result()
+
+
+def _decode(frames: FrameDecoder, codes: queue.SimpleQueue[Any], stop: threading.Event) -> None:
+    with frames.beside_the_talker():
+        while (frame := codes.get()) is not None and not stop.is_set():
+            frames.add(frame[None])
+        if not stop.is_set():
+            frames.flush()
+
+
+def _run_stock(model: Any, script: Script, options: Options, frames: FrameDecoder, stop: threading.Event) -> None:
+    """Transformers' own ``generate()``: the reference. Its first part is replaced by the text that is there already,
+    and its last by a decoder that has decoded all along."""
     import torch
     from transformers import StoppingCriteriaList
+
+    from omnifp4.decoding.talker_opening import borrowed
 
     device = model.talker.device
     cuda = [device] if device.type == "cuda" else []
@@ -130,14 +209,14 @@ def _run_talker(model: Any, script: Script, options: Options, frames: _Frames, s
     sampling: dict[str, Any] = {"talker_do_sample": False}
     if options.speech_temperature:
         sampling = {"talker_do_sample": True, "talker_temperature": float(options.speech_temperature)}
+    written = _written(model, script)
     with ExitStack() as stack:
-        stack.enter_context(model_lock(model))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         if cuda:
             stack.enter_context(torch.cuda.device(device))
         torch.manual_seed(options.seed)
-        stack.enter_context(_borrowed(model.thinker, "generate", _written(model, script)))
-        stack.enter_context(_borrowed(model.code2wav, "chunked_decode", frames.finish))
+        stack.enter_context(borrowed(model.thinker, "generate", lambda **_: written))
+        stack.enter_context(borrowed(model.code2wav, "chunked_decode", frames.finish))
         hook = model.talker.register_forward_hook(lambda _, __, output: frames.add(output.hidden_states[1]))
         stack.callback(hook.remove)
         try:
@@ -162,43 +241,12 @@ def _run_talker(model: Any, script: Script, options: Options, frames: _Frames, s
 
 
 def _written(model: Any, script: Script) -> Any:
-    """Stands in for the thinker's ``generate``: the text is there already.
+    from omnifp4.decoding.talker_opening import written_text
 
-    Of the hidden states, the talker's input takes the embeddings of text (number 0) and, where media stand in the
-    prompt, one layer's states. The end marker is always there, so that the last word is spoken also when the text was
-    cut at its limit.
-    """
-    import torch
-
-    prompt = script.inputs.tensors["input_ids"]
-    said = prompt.new_tensor([script.tokens])
-    with torch.no_grad():
-        embeddings = model.thinker.get_input_embeddings()(torch.cat([prompt, said], dim=1))
-    layers = {0: embeddings, model.config.talker_config.accept_hidden_layer: script.states}
-    sequences = torch.cat([prompt, said, prompt.new_tensor([[script.eos]])], dim=1)
-    result = SimpleNamespace(sequences=sequences, hidden_states=(layers,))
-
-    def generate(**_: Any) -> Any:
-        return result
-
-    return generate
+    return written_text(model, script.inputs.tensors["input_ids"], script.states, script.tokens, script.eos)
 
 
-@contextmanager
-def _borrowed(module: Any, name: str, stand_in: Any) -> Iterator[None]:
-    """Replaces a method of one module, not of its class."""
-    own = module.__dict__.get(name)
-    setattr(module, name, stand_in)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(module, name)
-        else:
-            setattr(module, name, own)
-
-
-class _Frames:
+class FrameDecoder:
     """Collects codes and decodes them when enough are there."""
 
     def __init__(self, model: Any, pieces: Any, chunks: bool) -> None:
@@ -230,26 +278,42 @@ class _Frames:
             return
         self._codes.append(codes)
         if len(self._codes) >= self._next:
-            import torch
-
-            self._decode(torch.stack(self._codes, dim=-1))
+            self._decode(len(self._codes))
             self._next = len(self._codes) + self._step
 
+    def flush(self) -> None:
+        """Decodes what is left."""
+        while self._done < self.seen:
+            self._decode(min(self.seen, self._done + WHOLE_FRAMES))
+
     def finish(self, codes: Any, **_: Any) -> Any:
-        """Stands in for ``chunked_decode``: decodes what is left; shapes ``(1, groups, frames)``, ``(1, 1, samples)``."""
+        """Stands in for ``chunked_decode``: all codes, ``(1, groups, frames)``, were given to `add` before."""
         self.finished = True
-        frames = codes.shape[-1]
-        while self._done < frames:
-            self._decode(codes[..., : min(frames, self._done + WHOLE_FRAMES)])
+        self.flush()
         return codes.new_zeros((1, 1, 0), dtype=self._code2wav.dtype)
 
-    def _decode(self, codes: Any) -> None:
+    @property
+    def on_gpu(self) -> bool:
+        """Its kernels run by themselves once they are launched."""
+        return bool(self._code2wav.device.type == "cuda")
+
+    @contextmanager
+    def beside_the_talker(self) -> Iterator[None]:
+        """Decodes on a stream of its own, so that the talker's next frames need not wait for a chunk."""
         import torch
 
-        now = codes.shape[-1]
+        device = self._code2wav.device
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            yield
+
+    def _decode(self, now: int) -> None:
+        import torch
+
         first = max(0, self._done - self._context)
+        codes = torch.stack(self._codes[first:now], dim=-1)
         with torch.no_grad():
-            window = self._code2wav(codes[..., first:now].to(self._code2wav.device))
+            window = self._code2wav(codes.to(self._code2wav.device))
         new = window[0, 0, self._emitted - first * self._samples_per_frame :]
         self._done = now
         self._emitted += new.shape[-1]

@@ -7,6 +7,7 @@ the rate is fixed here, and a longer video gets smaller frames, never fewer a se
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ class VideoLimits:
     max_pixels: int
     max_tokens: int
     too_long: TooLong
+    max_decode_seconds: float = math.inf
 
 
 def decode_video(encoded: Encoded, sound: bool, limits: VideoLimits, where: str) -> tuple[Video, str]:
@@ -79,7 +81,7 @@ def decode_video(encoded: Encoded, sound: bool, limits: VideoLimits, where: str)
             expected = min(most, max(2, math.ceil(seconds * FRAMES_PER_SECOND))) if seconds else most
             size = frame_size(width, height, expected, limits.max_tokens)
             chosen: list[Any] = []
-            for frame in _at_rate(container, stream):
+            for frame in _at_rate(_in_time(container.decode(stream), encoded.name, limits, where), stream):
                 if len(chosen) == most:
                     if limits.too_long == "refuse":
                         raise _too_long(encoded.name, None, limits, where)
@@ -122,14 +124,25 @@ def frame_size(width: int, height: int, frames: int, max_tokens: int) -> tuple[i
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
-def _at_rate(container: Any, stream: Any) -> Iterator[Any]:
+def _in_time(frames: Iterator[Any], name: str, limits: VideoLimits, where: str) -> Iterator[Any]:
+    """Ends what decodes for ever: a small file can hold any number of large frames."""
+    deadline = time.monotonic() + limits.max_decode_seconds
+    for frame in frames:
+        if time.monotonic() > deadline:
+            raise MediaError(
+                f"{where}: {name} takes more than {limits.max_decode_seconds:g} s to decode", hint="scale it down first"
+            )
+        yield frame
+
+
+def _at_rate(frames: Iterator[Any], stream: Any) -> Iterator[Any]:
     """For each sampling time the frame that is on the screen then."""
     step = 1 / FRAMES_PER_SECOND
     shown: Any = None
     number = 0
     first = 0.0
     now = 0.0
-    for frame in container.decode(stream):
+    for frame in frames:
         if shown is None:
             first = frame.time or 0.0
         now = frame.time - first if frame.time is not None else now + 1 / float(stream.average_rate or 25)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.rule import Rule
 from rich.text import Text
 
 from omnifp4.cli.output import Output
+from omnifp4.receipt.base import Record
+
+NEEDED: Final = ("torch", "torchvision", "transformers")
+"""Packages that running a model needs; planning, quantizing and proving need none of them."""
+SAMPLES: Final = 4
+"""Of each task: what keeps the whole demo under two minutes on two cores."""
 
 
 def demo(
@@ -19,15 +26,19 @@ def demo(
         typer.Argument(metavar="FOLDER", help="Where to put the demo; a new temporary folder if not given."),
     ] = None,
 ) -> None:
-    """Show the whole path on the bundled tiny omni model, offline: make it, plan, quantize, verify."""
+    """Show the whole path on the bundled tiny omni model, offline: plan, quantize, verify, evaluate, bench, report."""
     from omnifp4 import api
+    from omnifp4.doctor import run_doctor
     from omnifp4.receipt.base import Verdict
-    from omnifp4.report.terminal import plan_text, quantization_text, size_text, verification_text
+    from omnifp4.report.figures import size_text
+    from omnifp4.report.summary import key_figures_text
+    from omnifp4.report.terminal import plan_text, quantization_text, verification_text
+    from omnifp4.report.writing import write_report
     from omnifp4.tiny import write_tiny_omni
 
     output = Output(as_json=False)
     home = folder or Path(tempfile.mkdtemp(prefix="omnifp4-demo-"))
-    source, artifact = home / "tiny-omni", home / "tiny-omni-nvfp4"
+    source, artifact, page = home / "tiny-omni", home / "tiny-omni-nvfp4", home / "report.html"
 
     output.show(Rule("a small checkpoint of the real architecture", align="left"))
     write_tiny_omni(source)
@@ -49,6 +60,11 @@ def demo(
     proof = api.verify(artifact, against=source)
     output.show(verification_text(proof))
 
+    lacking = [name for name in NEEDED if find_spec(name) is None]
+    if lacking:
+        output.show(Text(f"\nnot evaluated: {', '.join(lacking)} is not here (pip install 'omnifp4[run]')"))
+    measured = [] if lacking else _measure(output, source, artifact, home / "cache")
+
     output.show(Rule("what you have", align="left"))
     for path in sorted(artifact.rglob("*")):
         if path.is_file():
@@ -59,5 +75,44 @@ def demo(
             "  omnifp4 quantize Qwen/Qwen3-Omni-30B-A3B-Instruct OUT\n  omnifp4 verify OUT --against MODEL_FOLDER"
         )
     )
+
+    output.show(Rule("omnifp4 report: everything on one page, and in the model card", align="left"))
+    gathered = write_report([plan, proof, *measured, run_doctor(str(artifact))], page, card=artifact)
+    output.show(key_figures_text(gathered))
+    output.show(Text(f"\n{page}"))
     if proof.verdict is not Verdict.PASS or written != plan.weight_bytes_after:
         raise typer.Exit(1)
+
+
+def _measure(output: Output, source: Path, artifact: Path, cache: Path) -> list[Record]:
+    """What runs the model: what FP4 costs, where, and how fast it is here."""
+    import torch
+
+    from omnifp4 import api
+    from omnifp4.cli.talk import hush_libraries
+    from omnifp4.evaluation.threads import suited_threads
+    from omnifp4.report.bench_card import bench_text
+    from omnifp4.report.evaluation import evaluation_text
+    from omnifp4.report.sensitivity import sensitivity_text
+    from omnifp4.tiny import tiny_config
+
+    hush_libraries()
+    output.show(Rule("omnifp4 evaluate --against: what it costs in answers", align="left"))
+    with output.steps("evaluate") as steps:
+        cost = api.evaluate(artifact, against=source, samples=SAMPLES, device="cpu", cache=cache, progress=steps)
+    output.show(evaluation_text(cost))
+
+    output.show(Rule("omnifp4 evaluate --sensitivity: where it hurts", align="left"))
+    with output.steps("sensitivity") as steps:
+        places = api.sensitivity(artifact, against=source, device="cpu", cache=cache, progress=steps)
+    output.show(sensitivity_text(places))
+
+    output.show(Rule("omnifp4 bench --quick: how fast it is here, on one core", align="left"))
+    width = int(tiny_config()["thinker_config"]["text_config"]["hidden_size"])
+    with suited_threads(width, torch.device("cpu")):
+        speed = api.bench(
+            artifact, against=source, prefill=(64,), batch=(1,), context=(64,), new_tokens=16, cell_seconds=2.0,
+            device="cpu", quick=True,
+        )  # fmt: skip
+    output.show(bench_text(speed))
+    return [cost, places, speed]

@@ -9,7 +9,7 @@ from typing import Final
 
 import typer
 
-from omnifp4.cli import convert, demo, doctor, plan, quantize, talk, verify
+from omnifp4.cli import bench, convert, demo, doctor, engine, evaluate, plan, quantize, report, serve, talk, verify
 from omnifp4.errors import OmniFP4Error, ProofError
 
 INTERRUPTED: Final = 130
@@ -31,6 +31,11 @@ app.command("convert")(convert.convert)
 app.command("repair")(convert.repair)
 app.command("generate")(talk.generate)
 app.command("chat")(talk.chat)
+app.command("serve")(serve.serve)
+app.add_typer(engine.app, name="engine")
+app.command("report")(report.report)
+app.command("bench")(bench.bench)
+app.command("evaluate")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
 app.command("diagnose")(doctor.diagnose)
 

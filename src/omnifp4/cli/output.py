@@ -65,18 +65,49 @@ class Output:
             task = bar.add_task(title, total=None, item="")
             yield lambda done, total, item: bar.update(task, completed=done, total=total, item=item[-60:])
 
+    @contextmanager
+    def steps(self, title: str) -> Iterator[Callable[[int, int, str], None]]:
+        """As `progress`, for steps of any kind, and for several runs from none to all, one after the other."""
+        if not self._talk.is_terminal:
+            yield _lines(self.say, title, rate=False)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[item]}"),
+        )
+        with Progress(*columns, console=self._talk, transient=True, refresh_per_second=5) as bar:
+            task = bar.add_task(title, total=None, item="")
+            before = 0
 
-def _lines(say: Callable[[str], None], title: str) -> Callable[[int, int, str], None]:
+            def update(done: int, total: int, item: str) -> None:
+                nonlocal before
+                if done < before:
+                    bar.reset(task)
+                before = done
+                bar.update(task, completed=done, total=total, item=item[:60])
+
+            yield update
+
+
+def _lines(say: Callable[[str], None], title: str, *, rate: bool = True) -> Callable[[int, int, str], None]:
     started = time.monotonic()
     next_line = started + QUIET_SECONDS
+    before = 0
 
     def update(done: int, total: int, item: str) -> None:
-        nonlocal next_line
+        nonlocal next_line, started, before
         now = time.monotonic()
-        if now < next_line or not done:
+        if done < before:
+            started = now
+        before = done
+        if now < next_line or not done or now == started:
             return
         next_line = now + 10.0
-        rate = done / (now - started)
-        say(f"{title}: {done / total:.0%}, {rate / 1e6:.0f} MB/s, {(total - done) / rate:.0f} s to go, {item}")
+        speed = done / (now - started)
+        told = f"{speed / 1e6:.0f} MB/s, " if rate else ""
+        say(f"{title}: {done / total:.0%}, {told}{(total - done) / speed:.0f} s to go, {item}")
 
     return update

@@ -55,7 +55,7 @@ def generate(
     revision: options.Revision = None,
 ) -> None:
     """Ask once: text, pictures, sound and video in; text on stdout as it is made, speech to a file."""
-    _hush_libraries()
+    hush_libraries()
     from omnifp4.chat.console import run_generate
 
     run_generate(
@@ -88,7 +88,7 @@ def chat(
     revision: options.Revision = None,
 ) -> None:
     """Talk in turns; /help lists the commands for pictures, sound, video and speech."""
-    _hush_libraries()
+    hush_libraries()
     from omnifp4.chat.console import run_chat
 
     run_chat(
@@ -98,7 +98,7 @@ def chat(
     )
 
 
-def _hush_libraries() -> None:
+def hush_libraries() -> None:
     """Keep the libraries' advice to programmers out of a conversation; errors stay."""
     from transformers.utils import logging
 

@@ -72,8 +72,8 @@ NEWEST: Final[Mapping[str, str]] = {
 
 INSTALL: Final[Mapping[str, str]] = {
     TRANSFORMERS: "pip install 'omnifp4[run]'",
-    VLLM: "pip install vllm, in an environment of its own",
-    VLLM_OMNI: "pip install vllm==0.30.0 vllm-omni==0.30.0, in an environment of its own",
+    VLLM: "omnifp4 engine install vllm, which makes an environment of its own",
+    VLLM_OMNI: "omnifp4 engine install vllm-omni, which makes an environment of its own",
     SGLANG: "pip install sglang, in an environment of its own",
     EDGE_LLM: "install TensorRT-Edge-LLM 0.9 or later on the Jetson (NVIDIA's installation guide)",
 }

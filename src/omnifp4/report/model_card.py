@@ -14,6 +14,10 @@ RULES = {
 }
 
 
+MEASURED_BEGIN = "<!-- omnifp4: measured -->"
+MEASURED_END = "<!-- omnifp4: end -->"
+"""Marks around what `omnifp4 report --card` replaces."""
+
 MOST_LEFT_OUT = 20
 """Linears listed by name; the receipt has all."""
 
@@ -39,7 +43,7 @@ def model_card(receipt: QuantizationReceipt) -> str:
         f"# {title} in {'fake-quant NVFP4' if wide else 'NVFP4'}",
         "",
         f"Made by omnifp4 {receipt.environment.omnifp4} with recipe `{receipt.recipe}` (version {receipt.recipe_version}), "
-        f"format `{receipt.output_format}`, scale rule `{receipt.rule}` ({RULES[receipt.rule]}). Weights only (W4A16); no "
+        f"format `{receipt.output_format}`, scale rule `{receipt.rule}` ({RULES.get(receipt.rule, 'not known here')}). Weights only (W4A16); no "
         "data was used.",
         "",
     ]
@@ -75,8 +79,13 @@ def model_card(receipt: QuantizationReceipt) -> str:
             lines.append(f"- and {len(receipt.left_out) - MOST_LEFT_OUT} more, see `omnifp4.json`")
     lines += [
         "",
-        "Relative squared error is `sum((w - w')^2) / sum(w^2)` of the decoded weights, measured while they were written. "
+        "Relative squared error is `sum((w - w')^2) / sum(w^2)` of the decoded weights, measured while they were written.",
+        "",
+        MEASURED_BEGIN,
+        "",
         "What it costs in answers was not measured here.",
+        "",
+        MEASURED_END,
         "",
         "Every decision, error and checksum is in `omnifp4.json`. To check this folder: `omnifp4 verify .`, and against "
         "the original weights: `omnifp4 verify . --against ORIGINAL`.",

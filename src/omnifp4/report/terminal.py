@@ -14,25 +14,9 @@ from omnifp4.receipt.plan import PlanReceipt
 from omnifp4.receipt.quantization import QuantizationReceipt
 from omnifp4.receipt.repair import Effect, RepairOutcome, RepairReceipt
 from omnifp4.receipt.verification import VerificationReceipt
+from omnifp4.report.figures import count_text, size_text
 
 VERDICT_STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.NOT_CHECKED: "yellow"}
-
-
-def size_text(count: int) -> str:
-    """Decimal bytes for people, such as ``27.5 GB``."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-
-
-def count_text(count: int) -> str:
-    """A number of parameters for people, such as ``28,991 M``."""
-    if count < 10_000:
-        return f"{count:,}"
-    return f"{count / 1e6:,.0f} M" if count >= 10_000_000 else f"{count / 1e6:,.2f} M"
 
 
 def plan_text(plan: PlanReceipt) -> RenderableType:

@@ -135,7 +135,7 @@ class NVFP4Quantizer(HfQuantizer):
         self._aliases = renaming.aliases
         self._disk_names = {alias: name for name, alias in self._aliases.items()}
         self._scales = read_scales(checkpoint, placement)
-        self._swap(model, placement)
+        put_packed(model, placement, current_options().backend)
         self._unexpected = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(self._unexpected or ()), f"^{re.escape(HIDDEN_NAME)}$"}
         self._checkpoint, self._placement = checkpoint, placement
@@ -144,30 +144,6 @@ class NVFP4Quantizer(HfQuantizer):
         if placement.cache_scales:
             tell_once("this checkpoint has scales for an FP8 KV cache; the cache stays wide here")
         return model
-
-    def _swap(self, model: Any, placement: Placement) -> None:
-        backend = current_options().backend
-        for linear in placement.linears:
-            source = linear.source
-
-            def pack_linear(wide: nn.Module, source: Any = source) -> nn.Module:
-                assert isinstance(wide, nn.Linear)
-                return NVFP4Linear(
-                    wide, backend, reciprocal=source.reciprocal, input_scale=source.input_scale is not None
-                )
-
-            replace_module(model, linear.module, pack_linear)
-        for layer in placement.experts:
-            first = layer.gate[0]
-
-            def pack_experts(wide: nn.Module, first: Any = first) -> nn.Module:
-                return PackedExperts(
-                    wide, backend, reciprocal=first.reciprocal, input_scale=first.input_scale is not None
-                )
-
-            replace_module(model, layer.module, pack_experts)
-            # Transformers initializes experts from the module that holds them, by names that packed ones lack.
-            model.get_submodule(layer.module.rpartition(".")[0])._is_hf_initialized = True
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """See `HfQuantizer.update_weight_conversions`."""
@@ -229,6 +205,33 @@ class NVFP4Quantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """See `HfQuantizer.is_trainable`."""
         return False
+
+
+def put_packed(model: Any, placement: Placement, backend: str) -> None:
+    """Put packed modules, with no memory yet, in place of the wide ones of a model on the meta device.
+
+    Args:
+        model: with its wide modules.
+        placement: which of them, and what they are on disk.
+        backend: what runs them, as `choose_backend` takes it.
+    """
+    for linear in placement.linears:
+        source = linear.source
+
+        def pack_linear(wide: nn.Module, source: Any = source) -> nn.Module:
+            assert isinstance(wide, nn.Linear)
+            return NVFP4Linear(wide, backend, reciprocal=source.reciprocal, input_scale=source.input_scale is not None)
+
+        replace_module(model, linear.module, pack_linear)
+    for layer in placement.experts:
+        first = layer.gate[0]
+
+        def pack_experts(wide: nn.Module, first: Any = first) -> nn.Module:
+            return PackedExperts(wide, backend, reciprocal=first.reciprocal, input_scale=first.input_scale is not None)
+
+        replace_module(model, layer.module, pack_experts)
+        # Transformers initializes experts from the module that holds them, by names that packed ones lack.
+        model.get_submodule(layer.module.rpartition(".")[0])._is_hf_initialized = True
 
 
 class PartOfPacked(HfQuantizer):

@@ -21,6 +21,8 @@ class Backend(ABC):
     """
 
     name: str
+    capturable: bool = False
+    """Its work never asks the host and waits for nothing, so that a CUDA graph can hold it."""
 
     @abstractmethod
     def dequantize(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,154 @@
+"""omnifp4 evaluate"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from omnifp4.cli import options
+from omnifp4.cli.output import Output
+from omnifp4.cli.talk import hush_libraries
+from omnifp4.errors import OmniFP4Error
+
+SENSITIVITY_SAMPLES: Final = 2
+"""Of each task, where --samples is not given: every layer is run over all of them."""
+
+
+def evaluate(
+    model: options.Model,
+    against: Annotated[
+        str | None, typer.Option(metavar="REFERENCE", help="The wide checkpoint that MODEL was made from.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help="JSONL of conversations with media paths; or the bundled samples.")
+    ] = "bundled",
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Only the first N of each task.")] = None,
+    segmented: Annotated[
+        bool, typer.Option("--segmented", help="Run the reference layer by layer from disk: it need not fit in memory.")
+    ] = False,
+    layers: Annotated[
+        int | None, typer.Option(metavar="N", help="Compare hidden states of the first N layers, and stop there.")
+    ] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Tell where FP4 hurts: errors by layer and expert, and what each layer costs alone; with --segmented "
+            "errors alone, from disk.",
+        ),
+    ] = False,
+    speech: Annotated[bool, typer.Option(help="Judge speech too, where both sides have a talker.")] = True,
+    floor: Annotated[bool, typer.Option(help="Run the reference twice, for the noise floor.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32, of both sides.")] = "bfloat16",
+    cache: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the reference's results are kept between runs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the confidence intervals.")] = 0,
+    max_kl: Annotated[float | None, typer.Option(help="Limit of the mean KL divergence in any modality, nats.")] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Limit of the top-1 agreement in any modality, 0 to 1.")
+    ] = None,
+    max_ppl_ratio: Annotated[float | None, typer.Option(help="Limit of the perplexity ratio in any modality.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="Limit of right answers in any task, 0 to 1.")] = None,
+    max_accuracy_loss: Annotated[
+        float | None, typer.Option(help="Limit of right answers lost against the reference in any task, 0 to 1.")
+    ] = None,
+    min_code_agreement: Annotated[
+        float | None, typer.Option(help="Limit of equal speech codes, free-running, 0 to 1.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", metavar="TASKS", help="Run these tasks of lm-eval, separated by commas.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="With --lm-eval: ask this OpenAI-compatible server.")
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --server: the model's name there.")
+    ] = None,
+    server_chat: Annotated[bool, typer.Option("--server-chat", help="With --server: use its chat endpoint.")] = False,
+    task_folder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="With --lm-eval: task files of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="With --lm-eval: documents of each task.")] = None,
+    receipt: Annotated[
+        Path | None, typer.Option("--receipt", metavar="FILE", help="Write the record here too.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Tell what a model loses against its reference, by modality. Exit status 1 if a limit is broken."""
+    from omnifp4.receipt.base import Verdict
+    from omnifp4.report.evaluation import evaluation_text, harness_text
+
+    output = Output(as_json=as_json)
+    if receipt is not None and not receipt.parent.is_dir():
+        raise OmniFP4Error(f"cannot write {receipt}: {receipt.parent} is no folder", hint="make it first")
+    if segmented or layers is not None:
+        # Read when torch is imported. Threads of the arithmetic that spin while they wait take the cores from those that
+        # read ahead: on two cores that halves the speed.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    hush_libraries()
+    if lm_eval is not None:
+        from omnifp4.evaluation import run_harness
+
+        if against is not None:
+            raise OmniFP4Error("--lm-eval judges one model", hint="leave --against out, and run it once for each")
+        tasks = [task.strip() for task in lm_eval.split(",") if task.strip()]
+        harness = run_harness(
+            model, tasks, server=server, server_model=server_model, chat=server_chat, task_folder=task_folder,
+            limit=limit, device=device, dtype=dtype, seed=seed, min_accuracy=min_accuracy,
+        )  # fmt: skip
+        _write(receipt, harness.model_dump_json(indent=2))
+        output.result(harness, harness_text(harness))
+        if harness.verdict is Verdict.FAIL:
+            raise typer.Exit(1)
+        return
+    if sensitivity:
+        if against is None:
+            raise OmniFP4Error(
+                "--sensitivity needs --against REFERENCE", hint="the wide checkpoint MODEL was made from"
+            )
+        from omnifp4.api import sensitivity as draw
+        from omnifp4.report.sensitivity import sensitivity_text
+
+        with output.steps("sensitivity") as steps:
+            drawn = draw(
+                model, against=against, data=data, samples=samples or SENSITIVITY_SAMPLES, alone=not segmented,
+                device=device, dtype=dtype, cache=cache, seed=seed, progress=steps,
+            )  # fmt: skip
+        _write(receipt, drawn.model_dump_json(indent=2))
+        output.result(drawn, sensitivity_text(drawn))
+        return
+    if against is None:
+        raise OmniFP4Error("evaluate needs --against REFERENCE, or --lm-eval TASKS")
+    for name, value in (("--server", server), ("--task-folder", task_folder), ("--limit", limit)):
+        if value is not None:
+            raise OmniFP4Error(f"{name} is for --lm-eval")
+    from omnifp4.api import evaluate as run
+
+    with output.steps("evaluate") as steps:
+        found = run(
+            model, against=against, data=data, samples=samples, segmented=segmented, layers=layers, speech=speech,
+            floor=floor, device=device, dtype=dtype, cache=cache, seed=seed, max_kl=max_kl, min_top1=min_top1,
+            max_ppl_ratio=max_ppl_ratio, min_accuracy=min_accuracy, max_accuracy_loss=max_accuracy_loss,
+            min_code_agreement=min_code_agreement, progress=steps,
+        )  # fmt: skip
+    _write(receipt, found.model_dump_json(indent=2))
+    output.result(found, evaluation_text(found))
+    if found.verdict is Verdict.FAIL:
+        raise typer.Exit(1)
+
+
+def _write(path: Path | None, text: str) -> None:
+    from omnifp4.checkpoint.output import write_text
+    from omnifp4.errors import OutputError
+
+    if path is None:
+        return
+    try:
+        write_text(path, text + "\n")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,148 @@
+"""Samples to evaluate on: conversations with media, and answers where they are known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from omnifp4.chat.errors import ChatError, MediaError
+from omnifp4.chat.media import MediaRules, load_media
+from omnifp4.chat.messages import MEDIA, Message, check_last, normalise
+from omnifp4.errors import OmniFP4Error
+
+BUNDLED: Final = "bundled"
+"""Name of the samples that ship with the package."""
+
+MIXED: Final = "mixed"
+KEYS: Final = ("id", "task", "messages", "answer", "speak")
+LINE_LIMIT_BYTES: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One conversation.
+
+    Attributes:
+        name: unique in the data.
+        task: what is asked, such as ``picture digit``; empty if nothing is counted as right or wrong.
+        modality: ``text``, ``image``, ``audio``, ``video``, or ``mixed``.
+        messages: normalised, the user's turn last; media are read by `read_media`.
+        answer: text of the answer, or None.
+        speak: the answer is also spoken.
+    """
+
+    name: str
+    task: str
+    modality: str
+    messages: tuple[Message, ...]
+    answer: str | None
+    speak: bool = False
+
+
+def read_data(data: str | Path) -> tuple[Sample, ...]:
+    """Read samples, and check that every medium is there.
+
+    Args:
+        data: ``"bundled"``, or a JSONL file: one object a line with ``messages`` as `normalise` takes them and, each
+            optional, ``answer``, ``task``, ``id`` and ``speak``. A conversation that ends with the assistant's turn has
+            that as its answer. Paths of media are relative to the file.
+
+    Raises:
+        OmniFP4Error: the file, a line or a medium is missing or not right, or there are no samples.
+    """
+    path = (
+        Path(str(files("omnifp4.evaluation").joinpath("samples", "samples.jsonl"))) if data == BUNDLED else Path(data)
+    )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OmniFP4Error(
+            f"{path}: cannot be read as JSONL: {error}",
+            hint="give a file of one JSON object a line, or leave --data out",
+        ) from None
+    found = tuple(_samples(path, lines))
+    if not found:
+        raise OmniFP4Error(f"{path}: holds no samples", hint='a line is {"messages": "Hello", "answer": "Hi"}')
+    seen: set[str] = set()
+    for sample in found:
+        if sample.name in seen:
+            raise OmniFP4Error(f"{path}: two samples have the id {sample.name!r}")
+        seen.add(sample.name)
+    return found
+
+
+def read_media(sample: Sample) -> list[Message]:
+    """The sample's messages with decoded media.
+
+    Raises:
+        OmniFP4Error: a medium cannot be decoded; the message names the sample.
+    """
+    try:
+        return load_media(sample.messages, MediaRules())[0]
+    except MediaError as error:
+        raise OmniFP4Error(f"sample {sample.name!r}: {error}") from error
+
+
+def _samples(path: Path, lines: Sequence[str]) -> Iterator[Sample]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        if len(line) > LINE_LIMIT_BYTES:
+            raise OmniFP4Error(f"{where}: {len(line):,} characters", hint="give media as paths, not as data URLs")
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise OmniFP4Error(f"{where}: not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise OmniFP4Error(f"{where}: not an object", hint=f"with the keys {', '.join(KEYS)}")
+        yield _sample(value, number, where, path.parent)
+
+
+def _sample(value: Mapping[str, Any], number: int, where: str, home: Path) -> Sample:
+    if unknown := sorted(set(value) - set(KEYS)):
+        raise OmniFP4Error(f"{where}: unknown key {unknown[0]!r}", hint=f"allowed: {', '.join(KEYS)}")
+    for key, kind in (("id", str), ("task", str), ("answer", str), ("speak", bool)):
+        if key in value and not isinstance(value[key], kind):
+            raise OmniFP4Error(f"{where}: {key} is {value[key]!r}", hint=f"it must be a {kind.__name__}")
+    try:
+        messages = normalise(value.get("messages", []))
+        answer = value.get("answer")
+        if messages[-1]["role"] == "assistant" and answer is None:
+            answer = _plain_text(messages.pop())
+        check_last(messages)
+    except ChatError as error:
+        raise OmniFP4Error(f"{where}: {error}") from error
+    if answer is not None and not answer.strip():
+        raise OmniFP4Error(f"{where}: the answer is empty", hint="leave it out, or give what the model should say")
+    if value.get("task") and answer is None:
+        raise OmniFP4Error(f"{where}: a task needs an answer to be judged by")
+    messages = [_located(message, where, home) for message in messages]
+    kinds = {part["type"] for message in messages for part in message["content"] if part["type"] in MEDIA}
+    modality = "text" if not kinds else kinds.pop() if len(kinds) == 1 else MIXED
+    name = value.get("id") or f"line {number}"
+    return Sample(name, value.get("task", ""), modality, tuple(messages), answer, value.get("speak", False))
+
+
+def _plain_text(message: Message) -> str:
+    if any(part["type"] != "text" for part in message["content"]):
+        raise ChatError("the assistant's last turn holds media", hint="an answer is text")
+    return "".join(part["text"] for part in message["content"])
+
+
+def _located(message: Message, where: str, home: Path) -> Message:
+    """Media paths made absolute, and found to exist."""
+    parts = []
+    for part in message["content"]:
+        source = part.get(part["type"]) if part["type"] in MEDIA else None
+        if isinstance(source, str) and not source.startswith(("data:", "http:", "https:")):
+            found = home / source.removeprefix("file://")
+            if not found.is_file():
+                raise OmniFP4Error(f"{where}: {part['type']} {source!r} is missing: no file {found}")
+            part = {**part, part["type"]: str(found)}
+        parts.append(part)
+    return {"role": message["role"], "content": parts}

@@ -1,0 +1,270 @@
+"""Where FP4 hurts: errors of every layer and expert, and the divergence that each component and layer causes alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from omnifp4.checkpoint.folder import Checkpoint, read_json
+from omnifp4.checkpoint.side_files import RECEIPT_NAME
+from omnifp4.errors import CheckpointError, OmniFP4Error
+from omnifp4.evaluation.data import read_data
+from omnifp4.evaluation.distributions import Scores
+from omnifp4.evaluation.encoding import EncodedSample, data_digest, encode
+from omnifp4.evaluation.fp4_errors import NO_EXPERT, ErrorSums, Place, fp4_errors
+from omnifp4.evaluation.fp4_units import Member, Unit, fp4_members, outside_thinker, units
+from omnifp4.evaluation.pair import Pair, check_memory, open_pair
+from omnifp4.evaluation.results import divergence
+from omnifp4.evaluation.run import DTYPES
+from omnifp4.evaluation.run import _device as find_device
+from omnifp4.evaluation.run import _device_name as name_of_device
+from omnifp4.evaluation.run import _limited as limited
+from omnifp4.evaluation.scoring import ReferenceScores, score_model, score_reference
+from omnifp4.evaluation.sides import WholeSide
+from omnifp4.evaluation.store import Store, checkpoint_key, content_key
+from omnifp4.evaluation.threads import suited_threads
+from omnifp4.receipt.base import as_text, this_environment
+from omnifp4.receipt.evaluation import Estimate
+from omnifp4.receipt.sensitivity import SENSITIVITY_VERSION, SensitivityReceipt, SensitivityRow
+from omnifp4.segments.skeleton import Skeleton
+
+Progress = Callable[[int, int, str], None]
+ALL: Final = Unit("", None, ())
+"""Stands for everything at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivitySettings:
+    """How to draw the map.
+
+    Attributes:
+        data: ``"bundled"`` or a JSONL file.
+        samples: use only so many of each task and modality; None uses all.
+        alone: run the whole model once for each component and layer; False leaves it at errors, which need no more
+            memory than two layers.
+        device, dtype: as in `omnifp4.evaluation.run.Settings`.
+        cache: folder of what was worked out before, where a killed run goes on; None keeps nothing.
+        seed: of the intervals.
+    """
+
+    data: str | Path
+    samples: int | None
+    alone: bool
+    device: str
+    dtype: str
+    cache: Path | None
+    seed: int
+
+
+def run_sensitivity(
+    model: Path, against: Path, settings: SensitivitySettings, progress: Progress | None = None
+) -> SensitivityReceipt:
+    """Draw the map of an artifact against what it was made from.
+
+    Cost: one pass of the wide model layer by layer from disk; with `alone`, ``1 + components + layers`` runs of the whole
+    model over all samples, both models in memory.
+
+    Raises:
+        OmniFP4Error: anything about pair, data or memory that is not right, before weights are read.
+    """
+    begin = time.monotonic()
+    if settings.dtype not in DTYPES:
+        raise OmniFP4Error(f"dtype is {settings.dtype!r}", hint=f"allowed: {', '.join(DTYPES)}")
+    device = find_device(settings.device)
+    chosen = limited(read_data(settings.data), settings.samples)
+    pair = open_pair(model, against)
+    if "quantization_config" not in pair.model.config:
+        raise CheckpointError(
+            f"{pair.model.location}: is not in FP4, so nothing in it can be sensitive to it",
+            hint=f"omnifp4 quantize {against} OUT, then omnifp4 evaluate OUT --against {against} --sensitivity",
+        )
+    samples = [encode(sample, pair.processor, pair.config) for sample in chosen]
+    members = fp4_members(Skeleton(pair.model, dtype=DTYPES[settings.dtype], device=device), pair.model)
+    if settings.alone:
+        for checkpoint in (pair.model, pair.reference):
+            check_memory(checkpoint, device, speech=False)
+    run = _Run(pair, samples, members, settings, device, progress or (lambda *_: None))
+    with suited_threads(int(pair.config.thinker_config.text_config.hidden_size), device):
+        found = run.errors()
+        alone, floor = run.alone() if settings.alone else ({}, None)
+    rows = tuple(_rows(members, found, alone))
+    notes = []
+    if outside_thinker(pair.model):
+        notes.append("talker and code2wav are not in this map: logits of text do not see them")
+    if not settings.alone:
+        notes.append("nothing was quantized alone, so no part has a divergence of its own")
+    recipe, rule = _recipe(pair.model)
+    return SensitivityReceipt(
+        model=as_text(pair.model.location),
+        against=as_text(pair.reference.location),
+        model_type=str(pair.reference.config["model_type"]),
+        recipe=recipe,
+        rule=rule,
+        data=as_text(str(settings.data)),
+        data_sha256=data_digest(samples),
+        samples=len(samples),
+        positions=sum(len(sample.positions) for sample in samples),
+        dtype=settings.dtype,
+        device=name_of_device(device),
+        noise_floor=floor,
+        together=alone.get(ALL),
+        rows=rows,
+        notes=tuple(notes),
+        seconds=time.monotonic() - begin,
+        environment=this_environment(),
+    )
+
+
+class _Run:
+    def __init__(
+        self,
+        pair: Pair,
+        samples: list[EncodedSample],
+        members: tuple[Member, ...],
+        settings: SensitivitySettings,
+        device: Any,
+        tell: Progress,
+    ) -> None:
+        self.pair, self.samples, self.members, self.settings, self.device, self.tell = (
+            pair, samples, members, settings, device, tell,
+        )  # fmt: skip
+        self.parts = {
+            "reference": checkpoint_key(pair.reference), "dtype": settings.dtype, "device": device.type,
+        }  # fmt: skip
+        self.own = self.parts | {"model": checkpoint_key(pair.model), "sensitivity": str(SENSITIVITY_VERSION)}
+
+    def errors(self) -> dict[Place, ErrorSums]:
+        """Of weights and outputs."""
+        cache = self.settings.cache
+        key = content_key("fp4-errors", self.own | {"data": data_digest(self.samples)})
+        store = Store(cache, key)
+        return fp4_errors(
+            self.pair.model, self.pair.reference, self.members, self.samples, device=self.device,
+            dtype=DTYPES[self.settings.dtype], store=store, work=cache / key / "states" if cache else None,
+            tell=lambda done, total, item: self.tell(done, total, f"errors, {item}"),
+        )  # fmt: skip
+
+    def alone(self) -> tuple[dict[Unit, Estimate], float | None]:
+        """Divergence of each unit, and the noise floor."""
+        opened: dict[str, Any] = {}
+
+        def loaded(checkpoint: Checkpoint) -> Any:
+            if checkpoint.location not in opened:
+                from omnifp4.runtime import load
+
+                opened[checkpoint.location] = load(
+                    checkpoint.location, device=self.device, dtype=DTYPES[self.settings.dtype], speech=False,
+                    progress=lambda done, total, item: self.tell(done, total, f"loading {item}"),
+                )  # fmt: skip
+            return opened[checkpoint.location]
+
+        wanted = [*units(self.members), ALL]
+        runs = (len(wanted) + 2) * len(self.samples)
+
+        def tell(before: int, name: str) -> Progress:
+            return lambda done, total, item: self.tell(before * len(self.samples) + done, runs, f"{name}, {item}")
+
+        store = Store(self.settings.cache, content_key("reference", self.parts))
+        reference = score_reference(
+            self.samples, lambda: WholeSide(loaded(self.pair.reference)), store, floor=True, tell=tell(0, "reference")
+        )
+        found = {}
+        for number, unit in enumerate(wanted):
+            name = _name(unit)
+            scores = self._unit(unit, reference, loaded, tell(2 + number, name))
+            if not any(one.finite.any() for one in scores):
+                raise CheckpointError(f"{self.pair.model.location}: with {name} in FP4 not one logit is finite")
+            found[unit] = divergence(reference.own, scores, seed=self.settings.seed).kl_mean
+        floor = divergence(reference.own, reference.floor, seed=self.settings.seed).kl_mean.value
+        return found, floor
+
+    def _unit(
+        self, unit: Unit, reference: ReferenceScores, loaded: Callable[[Checkpoint], Any], tell: Progress
+    ) -> list[Scores]:
+        members = self.members if unit is ALL else unit.members
+        store = Store(
+            self.settings.cache,
+            content_key("sensitivity", self.own | {"unit": "|".join(member.name for member in members)}),
+        )
+        with ExitStack() as swapped:
+
+            def side() -> WholeSide:
+                wide = loaded(self.pair.reference)
+                swapped.enter_context(_swapped(wide, loaded(self.pair.model), members))
+                return WholeSide(wide)
+
+            return score_model(self.samples, reference, side, store, tell=tell)
+
+
+@contextmanager
+def _swapped(wide: Any, packed: Any, members: Sequence[Member]) -> Iterator[None]:
+    """Inside, the wide model has the packed modules of `members`."""
+    kept = {member.path: wide.get_submodule(member.path) for member in members}
+    try:
+        for path in kept:
+            wide.set_submodule(path, packed.get_submodule(path))
+        yield
+    finally:
+        for path, module in kept.items():
+            wide.set_submodule(path, module)
+
+
+def _rows(
+    members: Sequence[Member], found: dict[Place, ErrorSums], alone: dict[Unit, Estimate]
+) -> Iterator[SensitivityRow]:
+    """Components, then layers, then experts."""
+    listed = units(tuple(members))
+    for level in (True, False):
+        chosen = [unit for unit in listed if (unit.layer is None) is level]
+        whole = sum(alone[unit].value for unit in chosen if unit in alone)
+        for unit in chosen:
+            estimate = alone.get(unit)
+            sums = _together([found[place] for place in found if place[0] in {member.name for member in unit.members}])
+            yield _row(unit.component, unit.layer, None, sums).model_copy(
+                update={"kl_mean": estimate, "share": estimate.value / whole if estimate and whole else None}
+            )
+    place_of = {member.name: member for member in members}
+    for (name, expert), sums in sorted(found.items(), key=lambda item: (_layer(place_of[item[0][0]]), item[0][1])):
+        if expert != NO_EXPERT:
+            yield _row(place_of[name].component, place_of[name].layer, expert, sums)
+
+
+def _row(component: str, layer: int | None, expert: int | None, sums: ErrorSums) -> SensitivityRow:
+    return SensitivityRow(
+        component=component,
+        layer=layer,
+        expert=expert,
+        linears=sums.linears,
+        parameters=sums.parameters,
+        weight_error=sums.weight_error / sums.weight_power if sums.weight_power else 0.0,
+        output_error=sums.output_error / sums.output_power if sums.output_power else None,
+        tokens=sums.tokens,
+        kl_mean=None,
+        share=None,
+    )
+
+
+def _together(parts: Sequence[ErrorSums]) -> ErrorSums:
+    return ErrorSums(*(sum(getattr(part, item.name) for part in parts) for item in fields(ErrorSums)))
+
+
+def _layer(member: Member) -> int:
+    return -1 if member.layer is None else member.layer
+
+
+def _name(unit: Unit) -> str:
+    if unit is ALL:
+        return "everything"
+    return unit.component if unit.layer is None else f"{unit.component}, layer {unit.layer}"
+
+
+def _recipe(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Recipe and scale rule as the artifact's own receipt tells them."""
+    path = checkpoint.folder / RECEIPT_NAME if checkpoint.folder is not None else None
+    receipt = read_json(path) if path is not None and path.is_file() else {}
+    told = receipt if isinstance(receipt, dict) else {}
+    return str(told.get("recipe", "not known")), str(told.get("rule", "not known"))

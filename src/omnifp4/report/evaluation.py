@@ -1,0 +1,130 @@
+"""Evaluations as a person reads them in a terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from omnifp4.receipt.base import Verdict
+from omnifp4.receipt.evaluation import Estimate, EvaluationReceipt, Gate, HarnessReceipt, SpeechResult
+from omnifp4.report.figures import figure, size_text
+from omnifp4.report.terminal import VERDICT_STYLES
+
+
+def evaluation_text(receipt: EvaluationReceipt) -> RenderableType:
+    """Figures by modality beside the noise floor, tasks, speech, layers, and the limits."""
+    title = f"{receipt.model} against {receipt.against}: {receipt.samples:,} samples ({receipt.data}), {receipt.dtype}"
+    parts: list[RenderableType] = [Text(title)]
+    if receipt.modalities:
+        parts.append(_modalities(receipt))
+    if receipt.tasks:
+        parts.append(_tasks(receipt))
+    if receipt.layers:
+        parts.append(_layers(receipt))
+    lines = [
+        f"{one.modality}: {one.model.non_finite:,} of {one.positions:,} positions of the model are not finite"
+        for one in receipt.modalities
+        if one.model.non_finite
+    ]
+    if receipt.speech is not None:
+        lines += _speech(receipt.speech)
+    lines += [f"noise floor: {receipt.noise_floor}; distributions: {receipt.distributions}"]
+    lines += [f"note: {note}" for note in receipt.notes]
+    if receipt.segmented:
+        lines.append(f"layer by layer from disk: {', '.join(receipt.segmented)}")
+    cached = (
+        f", {receipt.reference_cached:,} of the reference's samples from the cache" if receipt.reference_cached else ""
+    )
+    lines.append(
+        f"{receipt.seconds:.1f} s on {receipt.device}, peak memory {size_text(receipt.peak_memory_bytes)}{cached}; "
+        f"intervals: 95 %, {receipt.resamples:,} paired resamples; metric version {receipt.metric_version}"
+    )
+    return Group(*parts, Text("\n".join(lines)), _verdict(receipt.gates, receipt.verdict))
+
+
+def harness_text(receipt: HarnessReceipt) -> RenderableType:
+    """Every metric of every task."""
+    where = f" on {receipt.server}" if receipt.server else ""
+    table = _table(f"{receipt.model}{where}, lm-eval {receipt.harness}", "task", "metric", "value", "±", "documents")
+    for one in receipt.results:
+        error = "" if one.standard_error is None else figure(one.standard_error)
+        table.add_row(one.task, one.metric, figure(one.value), error, "" if one.samples is None else f"{one.samples:,}")
+    return Group(table, Text(f"{receipt.seconds:.1f} s"), _verdict(receipt.gates, receipt.verdict))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    return table
+
+
+def _modalities(receipt: EvaluationReceipt) -> Table:
+    table = _table("", "in", "KL", "95 %", "floor", "p99", "same top-1", "ppl ratio", "95 %")
+    for one in receipt.modalities:
+        model, floor = one.model, one.floor
+        table.add_row(
+            one.modality, figure(model.kl_mean.value), _span(model.kl_mean),
+            figure(floor.kl_mean.value) if floor else "-", figure(model.kl_p99), f"{model.top1_agreement.value:.1%}",
+            figure(model.perplexity_ratio.value), _span(model.perplexity_ratio),
+        )  # fmt: skip
+    return table
+
+
+def _tasks(receipt: EvaluationReceipt) -> Table:
+    table = _table("", "task", "samples", "reference", "model", "points", "95 %", "lost", "gained")
+    for one in receipt.tasks:
+        points = one.difference
+        table.add_row(
+            one.task, f"{one.samples:,}", f"{one.reference:.1%}", f"{one.model:.1%}", f"{100 * points.value:+.1f}",
+            f"{100 * points.low:+.1f} … {100 * points.high:+.1f}", f"{one.lost}", f"{one.gained}",
+        )  # fmt: skip
+    return table
+
+
+def _span(estimate: Estimate) -> str:
+    return f"{figure(estimate.low)} … {figure(estimate.high)}"
+
+
+def _layers(receipt: EvaluationReceipt) -> Table:
+    table = _table("", "after layer", "relative error", "floor", "mean cosine", "same experts")
+    for one in receipt.layers:
+        table.add_row(
+            str(one.layer), figure(one.relative_error), "-" if one.floor is None else figure(one.floor),
+            f"{one.cosine:.6f}", "-" if one.routing_agreement is None else f"{one.routing_agreement:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def _speech(speech: SpeechResult) -> list[str]:
+    lines = [
+        f"speech: {speech.utterances:,} texts, {speech.frames:,} frames (model {speech.frames_ratio:.2f} times as many); "
+        f"codes equal {speech.code_agreement.value:.1%} free-running; given the past: next code equal "
+        f"{speech.first_code_agreement.value:.1%}, KL {interval(speech.code_kl_mean)}, "
+        f"by quarter of the longest {', '.join(figure(part) for part in speech.drift)}"
+    ]
+    if (heard := speech.recognition) is not None:
+        lines.append(
+            f"spoken digits understood by a classifier of real recordings: reference {heard.reference:.1%}, "
+            f"model {heard.model:.1%} of {heard.utterances:,}"
+        )
+    if speech.non_finite:
+        lines.append(f"{speech.non_finite:,} waveforms are not finite")
+    return lines
+
+
+def _verdict(gates: tuple[Gate, ...], verdict: Verdict) -> Text:
+    text = Text()
+    for gate in gates:
+        text.append(f"{gate.option} {gate.limit:g}: {figure(gate.value)} ({gate.where}) ")
+        text.append(f"{gate.verdict.value}\n", style=VERDICT_STYLES[gate.verdict])
+    shown = "no limits were set" if verdict is Verdict.NOT_CHECKED else verdict.value.upper()
+    text.append(shown, style=VERDICT_STYLES[verdict])
+    return text
+
+
+def interval(estimate: Estimate) -> str:
+    """A figure with its 95 % interval."""
+    return f"{figure(estimate.value)} ({figure(estimate.low)} to {figure(estimate.high)})"

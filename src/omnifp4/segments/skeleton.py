@@ -1,0 +1,164 @@
+"""The stock thinker with all its modules and no memory, and which of its parts a checkpoint's tensors belong to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from omnifp4.checkpoint.folder import Checkpoint
+from omnifp4.checkpoint.header import TensorEntry
+from omnifp4.errors import CheckpointError, ModelError
+from omnifp4.models.base import is_buffer
+from omnifp4.runtime.names import OPTIONAL_PARTS, Renaming
+
+MODEL_TYPES: Final = ("qwen3_omni_moe",)
+
+EMBEDDINGS: Final = "embeddings"
+AUDIO: Final = "audio tower"
+VISION: Final = "vision tower"
+NORM: Final = "norm"
+HEAD: Final = "head"
+
+_TEXT: Final = r"^(?:thinker\.)?model\.(?:language_model\.)?"
+_NAMES: Final = (
+    (EMBEDDINGS, re.compile(_TEXT + r"embed_tokens\.")),
+    (NORM, re.compile(_TEXT + r"norm\.")),
+    (AUDIO, re.compile(r"^(?:thinker\.)?(?:model\.)?audio_tower\.")),
+    (VISION, re.compile(r"^(?:thinker\.)?(?:model\.)?visual\.")),
+    (HEAD, re.compile(r"^(?:thinker\.)?lm_head\.")),
+)
+_LAYER: Final = re.compile(_TEXT + r"layers\.(\d+)\.")
+
+
+def layer_part(number: int) -> str:
+    """The name of a decoder layer's part."""
+    return f"layer {number}"
+
+
+@dataclass(slots=True)
+class Part:
+    """A piece of the model that is loaded and freed as a whole.
+
+    Attributes:
+        name: one of the names above, or of `layer_part`.
+        module: in the skeleton.
+        entries: its tensors on disk.
+        sources: checkpoint names of its linears and expert groups, and their modules; filled when it is first loaded.
+    """
+
+    name: str
+    module: nn.Module
+    entries: dict[str, TensorEntry] = field(default_factory=dict)
+    sources: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """On disk."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+
+class Skeleton:
+    """The thinker on the meta device.
+
+    Attributes:
+        model: the omni model without talker.
+        thinker: its thinker.
+        text: the thinker's text decoder.
+        towers: what owns the towers and has ``get_image_features`` and its siblings.
+        renaming: Transformers' own renaming of checkpoint names.
+        parts: by name.
+        dtype: of parameters.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Builds it and makes the few buffers that no checkpoint has.
+
+        Raises:
+            ModelError: not a model whose thinker this room knows.
+            CheckpointError: a tensor belongs to no part, or a layer has none.
+        """
+        kind = checkpoint.config.get("model_type")
+        if kind not in MODEL_TYPES:
+            raise ModelError(
+                f"{checkpoint.location}: a model of type {kind!r} cannot run in segments",
+                hint=f"allowed: {', '.join(MODEL_TYPES)}; run it as a whole",
+            )
+        self.dtype = dtype
+        self.model = _build(checkpoint, dtype)
+        self.thinker = self.model.thinker
+        self.text = self.thinker.get_decoder()
+        self.towers = self.thinker if hasattr(self.thinker, "audio_tower") else self.thinker.model
+        self.renaming = Renaming(self.model)
+        self.parts = self._parts(checkpoint)
+        _make_buffers(self.model, device)
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(self.text.layers)
+
+    def _parts(self, checkpoint: Checkpoint) -> dict[str, Part]:
+        modules: dict[str, nn.Module] = {
+            EMBEDDINGS: self.text.embed_tokens,
+            AUDIO: self.towers.audio_tower,
+            VISION: self.towers.visual,
+            NORM: self.text.norm,
+            HEAD: self.thinker.lm_head,
+        }
+        modules |= {layer_part(number): layer for number, layer in enumerate(self.text.layers)}
+        parts = {name: Part(name, module) for name, module in modules.items()}
+        for name, entry in checkpoint.tensors.items():
+            if name.startswith(tuple(f"{part}." for part in OPTIONAL_PARTS)):
+                continue
+            part = parts.get(_part_of(name))
+            if part is None:
+                if is_buffer(name):
+                    continue
+                raise CheckpointError(f"{checkpoint.location}/{entry.shard}: tensor {name!r} has no place in the model")
+            part.entries[name] = entry
+        for needed in (EMBEDDINGS, NORM, HEAD, *map(layer_part, range(self.layers))):
+            if not parts[needed].entries:
+                raise CheckpointError(f"{checkpoint.location}: no tensor of the {needed} is there")
+        return parts
+
+
+def _part_of(name: str) -> str:
+    if layer := _LAYER.match(name):
+        return layer_part(int(layer[1]))
+    return next((part for part, pattern in _NAMES if pattern.match(name)), "")
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from omnifp4.runtime.torchvision_on_cpu import declare_missing_operators
+
+    declare_missing_operators()
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.location)
+    config.enable_audio_output = False
+    with torch.device("meta"):
+        omni: Any = transformers.Qwen3OmniMoeForConditionalGeneration
+        model = omni._from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _make_buffers(model: Any, device: torch.device) -> None:
+    """Frequencies and tables that are computed and stand in no checkpoint; Transformers' own code computes them."""
+    for name, module in model.named_modules():
+        missing: Mapping[str, torch.Tensor] = {
+            key: module._buffers[key]
+            for key in module._non_persistent_buffers_set
+            if module._buffers.get(key) is not None
+        }
+        for key, buffer in missing.items():
+            module._buffers[key] = torch.full_like(buffer, torch.nan, device=device)
+        if missing:
+            model._init_weights(module)
+        for key in missing:
+            if not bool(module._buffers[key].isfinite().all()):
+                raise ModelError(f"buffer '{name}.{key}' is computed in a way that is not known here")

@@ -1,0 +1,3 @@
+"""An OpenAI-compatible server over one loaded model, with a chat page."""
+
+from __future__ import annotations

@@ -1,0 +1,216 @@
+"""Bodies of requests: bytes to checked objects. What is unknown or unsupported is refused, never passed over."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from omnifp4.serve.errors import ApiError, bad_request
+
+AUDIO_FORMATS: Final = ("wav", "pcm16", "mp3", "flac", "opus")
+STREAMED_FORMATS: Final = ("pcm16", "wav")
+"""Those that can be written before their end is known."""
+
+MOST_STOPS: Final = 16
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StreamOptions(_Strict):
+    """What a stream has beside its pieces."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class VoiceId(_Strict):
+    """OpenAI's other way to name a voice."""
+
+    id: str
+
+
+class AudioWish(_Strict):
+    """How an answer is spoken."""
+
+    voice: str | VoiceId = "default"
+    format: Literal["wav", "pcm16", "mp3", "flac", "opus"] = "wav"
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class ChatRequest(_Strict):
+    """``POST /v1/chat/completions``. Fields are OpenAI's; `top_k`, `repetition_penalty` and `ignore_eos` are vLLM's."""
+
+    model: str | None = None
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    modalities: list[Literal["text", "audio"]] | None = None
+    audio: AudioWish | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=1_000_000)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    ignore_eos: bool = False
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the answer is to be heard."""
+        return "audio" in (self.modalities or ())
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class SpeechRequest(_Strict):
+    """``POST /v1/audio/speech``."""
+
+    model: str | None = None
+    input: str = Field(min_length=1)
+    voice: str | VoiceId = "default"
+    instructions: str | None = None
+    response_format: Literal["wav", "pcm", "pcm16", "mp3", "flac", "opus"] = "wav"
+    stream_format: Literal["audio"] = "audio"
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+
+    @property
+    def form(self) -> str:
+        """As `AUDIO_FORMATS` names it."""
+        return "pcm16" if self.response_format == "pcm" else self.response_format
+
+
+_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "n": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "prediction": (),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "speed": (1,),
+    "echo": (False,),
+    "best_of": (1,),
+}
+"""Fields of OpenAI's that this server knows only at values that change nothing."""
+
+_PASSED_OVER: Final = ("safety_identifier", "prompt_cache_key", "verbosity", "reasoning_effort")
+"""Fields of OpenAI's that ask for nothing which the answer would show."""
+
+Body = TypeVar("Body", bound=_Strict)
+
+
+def parse(data: bytes, kind: type[Body], depth: int) -> Body:
+    """Reads a request's body.
+
+    Args:
+        data: JSON in UTF-8.
+        kind: of request.
+        depth: the most lists and objects within each other.
+
+    Raises:
+        ApiError: 400, naming the field and what is allowed.
+    """
+    value = read_json(data, depth)
+    if not isinstance(value, dict):
+        raise bad_request("the body is not a JSON object")
+    fields = {}
+    for name, given in value.items():
+        if name in _PASSED_OVER and name not in kind.model_fields:
+            continue
+        if name in _NEUTRAL and name not in kind.model_fields:
+            neutral = _NEUTRAL[name]
+            if given is not None and not any(_same(given, one) for one in neutral):
+                allowed = ", ".join(json.dumps(one) for one in neutral)
+                raise bad_request(
+                    f"{name} is not supported" + (f" (allowed: {allowed})" if allowed else ""),
+                    name,
+                    "unsupported_value",
+                )
+            continue
+        fields[name] = given
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _told(error, kind) from None
+
+
+def read_json(data: bytes, depth: int) -> Any:
+    """A JSON document within bounds.
+
+    Raises:
+        ApiError: it is not JSON, not UTF-8, nested too deep, or holds NaN or Infinity.
+    """
+    _check_structure(data, depth)
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=constant)
+        if b"\\u" in data:
+            # Half of a surrogate pair is JSON, but no text.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeError:
+        raise bad_request("the body is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"the body is not JSON: {str(error)[:200]}") from None
+
+
+def _same(given: Any, one: Any) -> bool:
+    return bool(given == one) and isinstance(given, bool) == isinstance(one, bool)
+
+
+_STRUCTURE: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?+|[\[{\]},:]', re.DOTALL)
+MOST_ITEMS: Final = 200_000
+"""Strings, brackets and commas of a body: small things that a parser makes large."""
+
+
+def _check_structure(data: bytes, most: int) -> None:
+    """Counts what is outside strings before a parser sees it."""
+    depth = 0
+    for count, match in enumerate(_STRUCTURE.finditer(data)):
+        if count > MOST_ITEMS:
+            raise bad_request(f"the body has more than {MOST_ITEMS:,} items")
+        first = data[match.start()]
+        if first in b"[{":
+            depth += 1
+            if depth > most:
+                raise bad_request(f"the body is nested deeper than {most} levels")
+        elif first in b"]}":
+            depth -= 1
+
+
+def _told(error: ValidationError, kind: type[BaseModel]) -> ApiError:
+    """The first fault, in one line."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(step)[:80] for step in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        if len(fault["loc"]) == 1:
+            allowed = f" (allowed: {', '.join(kind.model_fields)})"
+            return bad_request(f"there is no field {place!r}{allowed}", place, "unknown_parameter")
+        return bad_request(f"there is no field {place!r}", place, "unknown_parameter")
+    if fault["type"] == "missing":
+        return bad_request(f"{place} is missing", place, "missing_required_parameter")
+    return bad_request(f"{place}: {fault['msg']}", place, "invalid_value")

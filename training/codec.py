@@ -1,0 +1,270 @@
+"""Stage: a small codec. Its encoder and quantizer are used in training only; its decoder is the model's code2wav.
+
+The codebooks are code2wav's own code embedding. Group after group takes the code nearest to what is left of the
+encoder's output; code2wav reads the mean of the embeddings, so what it reads is the quantized output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.data import Data
+from training.sounds import SPEAKING, bank
+
+FRAME = 1920
+"""Samples at 24 kHz of one frame of codes."""
+CROP = 16
+"""Frames of a training example."""
+STRIDES = (3, 4, 5, 8, 2, 2)
+WIDTHS = (16, 32, 64, 96, 128, 128, 128)
+
+
+class Unit(nn.Module):
+    """A residual pair of convolutions."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__()
+        self.wide = nn.Conv1d(width, width, 5, padding=2 * dilation, dilation=dilation)
+        self.narrow = nn.Conv1d(width, width, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states + self.narrow(F.elu(self.wide(F.elu(states))))
+
+
+class Encoder(nn.Module):
+    """Waveform ``(n, 1920 * frames)`` to ``(n, frames, width)``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        parts: list[nn.Module] = [nn.Conv1d(1, WIDTHS[0], 7, padding=3)]
+        for before, after, stride in zip(WIDTHS[:-1], WIDTHS[1:], STRIDES, strict=True):
+            parts += [Unit(before, 1), Unit(before, 3), nn.ELU()]
+            parts.append(nn.Conv1d(before, after, 2 * stride, stride=stride, padding=(stride + 1) // 2))
+        self.parts = nn.Sequential(*parts, Unit(WIDTHS[-1], 1), nn.ELU(), nn.Conv1d(WIDTHS[-1], width, 1))
+
+    def forward(self, waves: Tensor) -> Tensor:
+        frames = waves.shape[-1] // FRAME
+        return self.parts(waves[:, None])[..., :frames].transpose(1, 2)
+
+
+class Quantizer:
+    """Residual quantization with the vocoder's own embedding as codebooks.
+
+    Args:
+        vocoder: ``Qwen3OmniMoeCode2Wav``.
+    """
+
+    def __init__(self, vocoder: Any) -> None:
+        self.vocoder = vocoder
+        self.count, self.size = vocoder.config.num_quantizers, vocoder.config.codebook_size
+        self.used = torch.zeros(self.count, self.size, device=vocoder.device)
+
+    def books(self) -> Tensor:
+        return self.vocoder.code_embedding.weight.view(self.count, self.size, -1)
+
+    def __call__(self, states: Tensor, learn: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantizes.
+
+        Args:
+            states: ``(n, frames, width)``.
+            learn: replace codes that nothing is nearest to.
+
+        Returns:
+            Codes ``(n, groups, frames)``; what code2wav reads, with gradients to encoder and codebooks; the loss that
+            draws the two together.
+        """
+        left = states.reshape(-1, states.shape[-1]) * self.count
+        total: Any = torch.zeros_like(left)
+        loss: Any = 0.0
+        codes = []
+        for group, book in enumerate(self.books()):
+            distance = torch.cdist(left.detach(), book.detach())
+            nearest = distance.argmin(1)
+            if learn:
+                self._revive(group, left.detach(), nearest)
+            chosen = book[nearest]
+            loss = loss + F.mse_loss(chosen, left.detach()) + 0.25 * F.mse_loss(left, chosen.detach())
+            total = total + chosen
+            left = left - chosen.detach()
+            codes.append(nearest.view(states.shape[:2]))
+        read = total.view(states.shape) / self.count
+        return torch.stack(codes, dim=1), read + (states - states.detach()), loss / self.count
+
+    @torch.no_grad()
+    def _revive(self, group: int, left: Tensor, nearest: Tensor) -> None:
+        used = torch.bincount(nearest, minlength=self.size).float()
+        self.used[group].mul_(0.98).add_(used)
+        dead = self.used[group] < 0.5
+        pick = left[torch.randint(len(left), (self.size,), device=left.device)]
+        weight = self.vocoder.code_embedding.weight.data[group * self.size : (group + 1) * self.size]
+        weight.copy_(torch.where(dead[:, None], pick, weight))
+        self.used[group].masked_fill_(dead, 1.0)
+
+
+def speak(vocoder: Any, states: Tensor) -> Tensor:
+    """code2wav after its embedding: ``(n, frames, width)`` to ``(n, samples)``; as its own ``forward``, unclipped."""
+    hidden = vocoder.pre_transformer(inputs_embeds=states).last_hidden_state.transpose(1, 2)
+    for blocks in vocoder.upsample:
+        for block in blocks:
+            hidden = block(hidden)
+    for block in vocoder.decoder:
+        hidden = block(hidden)
+    return hidden[:, 0]
+
+
+def difference(made: Tensor, real: Tensor) -> Tensor:
+    """Spectral distance at several resolutions, linear and logarithmic, below and above what the ear weighs."""
+    total: Any = 0.0
+    for size in (256, 512, 1024, 2048):
+        window = torch.hann_window(size, device=made.device)
+        one, two = (
+            torch.stft(wave, size, size // 4, window=window, return_complex=True).abs() for wave in (made, real)
+        )
+        # The recordings hold nothing above 4 kHz: silence there is learned too, but must not rule.
+        top = size // 6 + 1
+        one_log, two_log = (one[:, :top] + 2e-3).log(), (two[:, :top] + 2e-3).log()
+        total = total + F.l1_loss(one_log, two_log) + 4 * F.l1_loss(one, two) / (two.mean() + 0.02)
+    return total / 4
+
+
+def warm_up(vocoder: Any) -> None:
+    """First weights of code2wav that let sound through: the stock ones are for loading, not for training."""
+    for name, parameter in vocoder.named_parameters():
+        with torch.no_grad():
+            if name.endswith((".gamma", "layer_scale.scale")):
+                parameter.fill_(0.1)
+            elif "conv" in name and parameter.ndim == 3:
+                if ".block.1.conv." in name or (".upsample." in f".{name}" and ".0.conv." in name):
+                    fan = parameter.shape[0] * (2 if parameter.shape[2] > 2 else 1)
+                else:
+                    fan = parameter.shape[1] * parameter.shape[2]
+                parameter.normal_(0.0, (0.3 if ".conv2." in name else 1.0) * fan**-0.5)
+            elif parameter.ndim == 2:
+                parameter.normal_(0.0, 1.0 if "code_embedding" in name else 0.5 * parameter.shape[1] ** -0.5)
+    codes = torch.randint(vocoder.config.codebook_size, (1, vocoder.config.num_quantizers, 4), device=vocoder.device)
+    with torch.no_grad():
+        states = vocoder.code_embedding(codes + vocoder.code_offset).mean(1)
+        states = vocoder.pre_transformer(inputs_embeds=states).last_hidden_state.transpose(1, 2)
+        for blocks in vocoder.upsample:
+            for block in blocks:
+                states = block(states)
+        # Snakes and residual units add up; each block begins at the same loudness, the last at that of speech.
+        for number, block in enumerate(vocoder.decoder):
+            last = number == len(vocoder.decoder) - 1
+            inner = getattr(block, "block", None)
+            convolution = inner[1].conv if inner is not None else getattr(block, "conv", None)
+            if convolution is not None:
+                for _ in range(4):
+                    convolution.weight.mul_((0.05 if last else 0.7) / block(states).std())
+            states = block(states)
+
+
+def train(model: Any, encoder: Encoder, data: Data, clock_of: Any, seed: int, count: int = 64) -> None:
+    """Trains encoder, codebooks and code2wav on the training recordings.
+
+    Args:
+        model: the whole model; only its code2wav changes.
+        encoder: changes too.
+        data: recordings.
+        clock_of: a function from ``(optimizer, modules)`` to a `Clock`.
+        seed: of the crops.
+        count: crops at once.
+    """
+    vocoder = model.code2wav
+    device = vocoder.device
+    warm_up(vocoder)
+    waves, lengths = bank(data, SPEAKING, device)
+    numbers = torch.from_numpy(data.wave_numbers(False)).to(device)
+    random = torch.Generator(device).manual_seed(seed)
+    modules = nn.ModuleDict({"encoder": encoder, "code2wav": vocoder})
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), betas=(0.8, 0.99), weight_decay=0.0, fused=device.type == "cuda"
+    )
+    quantizer = Quantizer(vocoder)
+    clock = clock_of(optimizer, {"encoder": encoder, "code2wav": vocoder})
+    vocoder.train()
+    size = CROP * FRAME
+    for _ in clock:
+        real = crops(waves, lengths, numbers, count, size, random)
+        codes, states, pull = quantizer(encoder(real), learn=True)
+        made = speak(vocoder, states)
+        distance = difference(made, real[:, : made.shape[1]])
+        loss = distance + 0.5 * pull
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        if clock.tell:
+            entropy = [
+                float(
+                    -(
+                        p := (one := torch.bincount(codes[:, g].flatten(), minlength=quantizer.size).float())
+                        / one.sum()
+                    )[p > 0]
+                    .mul(p[p > 0].log2())
+                    .sum()
+                )
+                for g in (0, quantizer.count - 1)
+            ]
+            clock.say({"spectral": distance, "pull": pull, "bits first": entropy[0], "bits last": entropy[1]})
+    vocoder.eval()
+    encoder.eval()
+    clock.done()
+
+
+def crops(waves: Tensor, lengths: Tensor, numbers: Tensor, count: int, size: int, random: Any) -> Tensor:
+    """Windows over recordings that follow one another with short pauses; half of them begin with a recording.
+
+    Returns:
+        ``(count, size)``.
+    """
+    device = waves.device
+    place = torch.arange(size, device=device)[None].expand(count, -1)
+    begin = torch.zeros(count, 1, dtype=torch.long, device=device)
+    result = torch.zeros(count, size, device=device)
+    pick = numbers[torch.randint(len(numbers), (4, count), generator=random, device=device)]
+    gain = 10 ** (torch.rand(count, 1, generator=random, device=device) * 0.6 - 0.4)
+    late = torch.rand(count, 1, generator=random, device=device) < 0.5
+    for number, one in enumerate(pick):
+        length = lengths[one][:, None]
+        if number == 0:
+            share = torch.rand(count, 1, generator=random, device=device)
+            begin = torch.where(late, -(share * length).long(), begin)
+        index = place - begin
+        inside = (index >= 0) & (index < length)
+        result = torch.where(inside, torch.gather(waves[one], 1, index.clamp(0, waves.shape[1] - 1)), result)
+        pause = (torch.rand(count, 1, generator=random, device=device) * 0.15 * SPEAKING).long()
+        # Whole frames, as the talker's targets are put together.
+        begin = torch.where(
+            late, begin + length + pause, -(-(begin + length) // FRAME) * FRAME + pause // FRAME * FRAME
+        )
+    return (result * gain).clamp(-1, 1)
+
+
+@torch.no_grad()
+def codes_of(encoder: Encoder, vocoder: Any, data: Data, numbers: Any) -> list[Any]:
+    """Codes of recordings, each ``(frames, groups)``, uint16; the last frame is the silence behind it."""
+    device = vocoder.device
+    waves, lengths = bank(data, SPEAKING, device)
+    quantizer = Quantizer(vocoder)
+    result: list[Any] = []
+    numbers = torch.as_tensor(numbers)
+    frames = (lengths.cpu()[numbers] + FRAME - 1) // FRAME + 1
+    longest = int(frames.max()) * FRAME
+    for some in torch.arange(len(numbers)).split(256):
+        padded = F.pad(waves[numbers[some].to(device)], (0, max(0, longest - waves.shape[1])))[:, :longest]
+        codes = quantizer(encoder(padded))[0].cpu()
+        result += [one[:, : int(frames[at])].T.numpy().astype(np.uint16) for one, at in zip(codes, some, strict=True)]
+    return result
+
+
+@torch.no_grad()
+def silence(encoder: Encoder, vocoder: Any) -> Any:
+    """Codes of a frame of silence, ``(groups,)``."""
+    waves = torch.zeros(1, 4 * FRAME, device=vocoder.device)
+    return Quantizer(vocoder)(encoder(waves))[0][0, :, 2].cpu().numpy().astype(np.uint16)

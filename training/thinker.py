@@ -1,0 +1,269 @@
+"""Stage: the thinker with its towers, end to end."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.data import Data
+from training.pictures import draw, patches
+from training.sounds import HEARING, HOP, MOST_FRAMES, bank, log_mel, mel_filters, vary
+from training.towers import Sight, hear, tower_of
+
+BALANCE = 0.01
+"""Weight of the routers' balance."""
+TEXT_WEIGHT = 0.5
+"""Weight of plain text and of continuations beside the tasks."""
+
+
+class Senses:
+    """Media of a batch to tower features, everything on the device.
+
+    Args:
+        thinker: the stock thinker.
+        data: pictures and recordings.
+    """
+
+    def __init__(self, thinker: Any, data: Data) -> None:
+        self.thinker = thinker
+        device = thinker.device
+        self.sight = Sight(tower_of(thinker, "visual"))
+        self.digits = torch.from_numpy(data.pictures).to(device)
+        self.waves, _ = bank(data, HEARING, device)
+        self.filters = mel_filters().to(device)
+
+    def see(self, batch: dict[str, Tensor], random: torch.Generator | None) -> tuple[Tensor, list[Tensor], Tensor]:
+        pictures = draw(
+            self.digits[batch["picture_number"]],
+            batch["picture_rows"],
+            batch["picture_columns"],
+            random is not None,
+            random,
+        )
+        return self.sight(patches(pictures), batch["picture_rows"], batch["picture_columns"])
+
+    def hear(self, batch: dict[str, Tensor], random: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        waves, frames = self.waves[batch["sound_number"]], batch["sound_frames"]
+        if random is None:
+            waves = F.pad(waves, (0, MOST_FRAMES * HOP - waves.shape[1]))
+        else:
+            waves = vary(waves, batch["sound_speed"], batch["sound_start"], frames * HOP, random)
+        return hear(tower_of(self.thinker, "audio_tower"), log_mel(waves, frames, self.filters, random), frames)
+
+
+def embed(
+    thinker: Any, senses: Senses, batch: dict[str, Tensor], random: torch.Generator | None
+) -> tuple[Tensor, dict[str, Any], dict[str, Tensor]]:
+    """Tokens and media to the decoder's input.
+
+    Returns:
+        Embeddings ``(rows, tokens, hidden)``, the decoder's keyword arguments, pooled features of the media.
+    """
+    states = thinker.get_input_embeddings()(batch["ids"])
+    flat = states.reshape(-1, states.shape[-1])
+    arguments: dict[str, Any] = {}
+    pooled: dict[str, Tensor] = {}
+    if len(batch["sound_number"]):
+        features, valid = senses.hear(batch, random)
+        chosen = features.reshape(-1, features.shape[-1])[batch["sound_from"]]
+        flat = flat.index_copy(0, batch["sound_to"], chosen.to(flat.dtype))
+        pooled["sound"] = (features * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
+    if len(batch["picture_number"]):
+        features, deep, valid = senses.see(batch, random)
+        chosen = features.reshape(-1, features.shape[-1])[batch["picture_from"]]
+        flat = flat.index_copy(0, batch["picture_to"], chosen.to(flat.dtype))
+        pooled["picture"] = (features * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
+        mask = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
+        mask[batch["picture_to"]] = True
+        arguments["visual_pos_masks"] = mask.view(states.shape[:2])
+        arguments["deepstack_visual_embeds"] = [one.reshape(-1, one.shape[-1])[batch["picture_from"]] for one in deep]
+    return flat.view(states.shape), arguments, pooled
+
+
+def read(
+    thinker: Any, senses: Senses, batch: dict[str, Tensor], random: torch.Generator | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states after the last norm, ``(rows, tokens, hidden)``, and pooled features.
+
+    Rows are padded on the right under a causal mask, so no token sees padding.
+    """
+    states, arguments, pooled = embed(thinker, senses, batch, random)
+    output = thinker.get_decoder()(
+        inputs_embeds=states, position_ids=batch["positions"], attention_mask=None, use_cache=False, **arguments
+    )
+    return output.last_hidden_state, pooled
+
+
+class Routers:
+    """Collects router logits, for the loss that keeps every expert in use."""
+
+    def __init__(self, decoder: Any, chosen: int) -> None:
+        self.chosen, self.logits = chosen, []
+        self.hooks = [
+            module.register_forward_hook(lambda _, __, output: self.logits.append(output[0]))
+            for name, module in decoder.named_modules()
+            if name.endswith("mlp.gate")
+        ]
+
+    def loss(self) -> Tensor:
+        """1 where the experts are used evenly, up to their number where one gets all."""
+        total: Any = 0.0
+        for logits in self.logits:
+            shares = logits.float().softmax(-1)
+            used = torch.zeros_like(shares).scatter(1, shares.topk(self.chosen).indices, 1.0).mean(0) / self.chosen
+            total = total + shares.shape[1] * (used * shares.mean(0)).sum()
+        count = len(self.logits)
+        self.logits.clear()
+        return total / count
+
+
+def to_device(batch: dict[str, Tensor], device: Any) -> dict[str, Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def autocast(device: Any) -> Any:
+    """BF16 arithmetic over float32 weights on a GPU, float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+class Heads(nn.Module):
+    """Helps the towers in the beginning: the digit from pooled features. Not part of the model."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.picture, self.sound = nn.Linear(width, 10), nn.Linear(width, 10)
+
+
+def train(model: Any, data: Data, batches: Any, clock_of: Any, seed: int) -> None:
+    """Trains the thinker.
+
+    Args:
+        model: the whole model; only its thinker changes.
+        data: for media and their digits.
+        batches: endless batches of conversations.
+        clock_of: a function from ``(optimizer, modules)`` to a `Clock`.
+        seed: of the variation of media.
+    """
+    from training.architecture import groups
+
+    thinker = model.thinker
+    device = thinker.device
+    senses = Senses(thinker, data)
+    heads = Heads(thinker.config.text_config.hidden_size).to(device)
+    everything = nn.ModuleDict({"thinker": thinker, "heads": heads})
+    optimizer = torch.optim.AdamW(groups(everything, 0.05), betas=(0.9, 0.98), eps=1e-8, fused=device.type == "cuda")
+    random = torch.Generator(device).manual_seed(seed)
+    routers = Routers(thinker.get_decoder(), thinker.config.text_config.num_experts_per_tok)
+    digits = {
+        "picture": torch.from_numpy(data.picture_digits).to(device),
+        "sound": torch.from_numpy(data.wave_digits).to(device),
+    }
+    clock = clock_of(optimizer, {"thinker": thinker, "heads": heads})
+    thinker.train()
+    for _ in clock:
+        batch = to_device(next(batches), device)
+        with autocast(device):
+            states, pooled = read(thinker, senses, batch, random)
+            labels = batch["labels"][:, 1:]
+            learned = labels != -100
+            logits = thinker.lm_head(states[:, :-1][learned])
+        losses = F.cross_entropy(logits.float(), labels[learned], reduction="none")
+        # A continuation's many tokens must not outweigh the one token that names a digit.
+        counts = learned.sum(1, keepdim=True).expand(-1, learned.shape[1])[learned]
+        weight = (3.0 / counts).clamp(max=1.0)
+        plain = batch["plain"][:, None].expand_as(learned)[learned]
+        task = (losses * weight * ~plain).sum() / (weight * ~plain).sum()
+        text = (losses * plain).sum() / plain.sum().clamp(min=1)
+        balance = routers.loss()
+        help_ = sum(
+            (
+                F.cross_entropy(getattr(heads, kind)(one.float()), digits[kind][batch[f"{kind}_number"]])
+                for kind, one in pooled.items()
+            ),
+            torch.zeros((), device=device),
+        )
+        loss = task + TEXT_WEIGHT * text + BALANCE * balance + 0.2 * help_
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(everything.parameters(), 1.0)
+        optimizer.step()
+        if clock.tell:
+            clock.say({"task": task, "text": text, "balance": balance, "media": help_})
+    for hook in routers.hooks:
+        hook.remove()
+    thinker.eval()
+    clock.done()
+
+
+@torch.no_grad()
+def examine(model: Any, data: Data, author: Any, examples: int, per_batch: int = 256) -> dict[str, float]:
+    """Accuracy by task on what was held out, and perplexity of held-out text.
+
+    Args:
+        model: the whole model.
+        data: for media.
+        author: an `Author` with ``test=True``.
+        examples: the most of each kind.
+        per_batch: rows at once.
+
+    Returns:
+        For each task the share of answers of which every token, end marker included, is the likeliest; for ``text`` the
+        perplexity per token.
+    """
+    from training.conversations import TEXT_TOKENS, Row, batch
+
+    thinker = model.thinker
+    senses = Senses(thinker, data)
+    right: Counter[str] = Counter()
+    tried: Counter[str] = Counter()
+    rows = all_rows(author, examples)
+    for first in range(0, len(rows), per_batch):
+        some = rows[first : first + per_batch]
+        tensors = to_device(
+            batch(some, author.end, model.config.thinker_config.text_config.vocab_size - 1), thinker.device
+        )
+        with autocast(thinker.device):
+            states, _ = read(thinker, senses, tensors, None)
+            guess = thinker.lm_head(states[:, :-1]).argmax(-1)
+        labels = tensors["labels"][:, 1:]
+        good = ((guess == labels) | (labels == -100)).all(1).tolist()
+        for row, one in zip(some, good, strict=True):
+            tried[row.task] += 1
+            right[row.task] += one
+    result = {task: right[task] / count for task, count in sorted(tried.items())}
+    text = data.test_text.astype("int64")
+    pieces = [text[place : place + TEXT_TOKENS].tolist() for place in range(0, len(text) - TEXT_TOKENS, TEXT_TOKENS)]
+    total, count = 0.0, 0
+    pieces = pieces[: 10 * examples]
+    for first in range(0, len(pieces), per_batch):
+        tensors = to_device(
+            batch([Row([], piece, plain=True) for piece in pieces[first : first + per_batch]], author.end, 0),
+            thinker.device,
+        )
+        with autocast(thinker.device):
+            states, _ = read(thinker, senses, tensors, None)
+            logits = thinker.lm_head(states[:, :-1])
+        losses = F.cross_entropy(logits.float().flatten(0, 1), tensors["labels"][:, 1:].flatten(), reduction="sum")
+        total, count = total + float(losses), count + tensors["labels"][:, 1:].numel()
+    result["perplexity per token"] = math.exp(total / count)
+    return result
+
+
+def all_rows(author: Any, examples: int) -> list[Any]:
+    """Held-out pictures and recordings, each once, and conversations of the other tasks; of each at most so many."""
+    from training.conversations import PICTURE, SOUND, Piece, Row
+
+    rows = []
+    for kind, numbers in (("picture", author.pictures), ("sound", author.sounds)):
+        for number in numbers[:examples]:
+            media, digit = author.picture(number) if kind == "picture" else author.sound(number)
+            asked = author.say((PICTURE if kind == "picture" else SOUND)[0])
+            header = Piece([author.start, *author.encode("user\n")])
+            close = Piece([author.end, *author.encode("\n"), author.start, *author.encode("assistant\n")])
+            rows.append(Row([header, *media, asked, close], author.number(digit)[0], task=kind))
+    return rows + [author.conversation(task) for task in ("two", "arithmetic", "repeat") for _ in range(examples)]
