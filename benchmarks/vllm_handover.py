@@ -3,11 +3,13 @@
     python benchmarks/vllm_handover.py FOLDER --pack PACK      # PACK: vllm.tar.xz (or its parts) and cucache.tar.xz
     python benchmarks/vllm_handover.py FOLDER --python ENVIRONMENT/bin/python
 
-Writes an NVFP4 artifact with random weights in compressed-tensors' form, laid out to the byte as `omnifp4 quantize`
-lays it out, with a tokenizer of the full vocabulary, into FOLDER (a memory file system is best; 27.6 GB). Then, for each
+Makes an NVFP4 artifact in compressed-tensors' form with random weights and a tokenizer of the full vocabulary in FOLDER
+(a memory file system is best; 27.6 GB): with `--quantize` by `omnifp4 quantize` from a random BF16 checkpoint (70.5 GB
+more until it is done), otherwise drawn as it lies, laid out to the byte as `omnifp4 quantize` lays it out. Then, for each
 variant: `omnifp4 serve ARTIFACT --engine …`, its smoke requests, and `omnifp4 bench --server`, one client and 32.
 
-Variants: text (plain vLLM, the thinker's decoder alone), full (plain vLLM with towers), omni (vLLM-Omni, three stages).
+Variants: text (plain vLLM, the thinker's decoder alone), full (plain vLLM with towers), omni (vLLM-Omni, three stages);
+none makes the artifact only. Speech in vLLM-Omni 0.26 needs `--layers` of at least 25: it reads layer 24 by number.
 Prints a line a step and one JSON line. Exit status 1 if a variant fails; the others run all the same.
 """
 
@@ -43,6 +45,11 @@ CODE_RMS = 3.3
 """Of uniform E2M1 codes under block scales of 0.5 to 1.875."""
 LEAST_SCALE, SCALES = 0x30, 16
 FILL_BYTES = 1 << 24
+ROLES = ("system", "user", "assistant")
+"""Words whose ids the config names; vLLM-Omni finds the turns of a conversation by them."""
+LEAST_SECONDS = 100.0
+"""A variant is not begun with less than this left."""
+STOP_S = 90.0
 FIRST_SPECIAL = 151_643
 """Of the released vocabulary; the bundled tokenizer has the same special tokens in the same order, further down."""
 VARIANTS = {"text": ("vllm", ("--language-model-only",)), "full": ("vllm", ()), "omni": ("vllm-omni", ())}
@@ -55,7 +62,7 @@ def random_bytes(random: np.random.Generator, count: int) -> npt.NDArray[np.uint
 
 def write_linear(writer: OutputWriter, decision: Decision) -> None:
     """Codes, block scales and the tensor scale of one linear, with the spread that its role has in a trained model."""
-    codes, scales, scale = stored_tensors(decision.tensor, OutputFormat.COMPRESSED_TENSORS)
+    codes, scales, scale = stored_tensors(decision.tensor, decision.scheme, OutputFormat.COMPRESSED_TENSORS)
     random = weights.stream(0, decision.spec.name)
     for begin in range(0, size := int(np.prod(codes.shape)), FILL_BYTES):
         writer.write(codes.name, random_bytes(random, min(FILL_BYTES, size - begin)), begin)
@@ -78,14 +85,20 @@ def write_wide(writer: OutputWriter, unit: CopyUnit, linear: frozenset[str]) -> 
             writer.write(entry.name, rows, first * row_bytes)
 
 
-def write_tokenizer(folder: Path, full: bool) -> None:
+def write_tokenizer(folder: Path, shape: str) -> None:
     """Processor and tokenizer files; in the full shape, words fill the vocabulary up to the special tokens' own ids."""
     for name in TINY_FILES:
         (folder / name).write_bytes(asset_bytes(name))
-    if not full:
+    if shape != SHAPE:
         return
     vocabulary = json.loads(asset_bytes("vocab.json"))
     vocabulary |= {f"Ġw{number}": number for number in range(len(vocabulary), FIRST_SPECIAL)}
+    words = {number: word for word, number in vocabulary.items()}
+    released = shape_config(shape, None)
+    for role in ROLES:
+        number, wanted = vocabulary[role], released[f"{role}_token_id"]
+        words[number], words[wanted] = words[wanted], role
+        vocabulary |= {words[number]: number, role: wanted}
     config = json.loads(asset_bytes("tokenizer_config.json"))
     added = config["added_tokens_decoder"]
     moved = FIRST_SPECIAL - min(map(int, added))
@@ -98,14 +111,14 @@ def write_tokenizer(folder: Path, full: bool) -> None:
     )
 
 
-def write_artifact(folder: Path, shape: str, layers: int | None, workers: int) -> dict[str, Any]:
-    """The artifact, unless it is there from an earlier run; its figures."""
-    started = time.perf_counter()
+def plan_artifact(shape: str, layers: int | None) -> Job:
     config = shape_config(shape, layers)
-    job: Job = plan_job(imagine(shape, config, packed=False).checkpoint, output_format=OutputFormat.COMPRESSED_TENSORS)
-    figures = {"bytes": job.output.weight_bytes, "fp4_linears": len(job.quantized), "workers": workers}
-    if (folder / "config.json").is_file():
-        return {**figures, "seconds": 0.0}
+    return plan_job(imagine(shape, config, packed=False).checkpoint, output_format=OutputFormat.COMPRESSED_TENSORS)
+
+
+def draw_artifact(folder: Path, shape: str, layers: int | None, workers: int) -> None:
+    """An artifact whose codes and scales are drawn."""
+    job = plan_artifact(shape, layers)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -115,10 +128,39 @@ def write_artifact(folder: Path, shape: str, layers: int | None, workers: int) -
         coded = [pool.submit(write_linear, writer, decision) for decision in job.quantized]
         for future in (*wide, *coded):
             future.result()
-    write_tokenizer(partial, full=shape == SHAPE)
+    write_tokenizer(partial, shape)
     write_config_and_index(partial, artifact_config(job), job)
     partial.rename(folder)
-    return {**figures, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def quantize_artifact(folder: Path, shape: str, layers: int | None) -> None:
+    """An artifact that `omnifp4 quantize` makes of random BF16 weights, which are removed again."""
+    source = folder.with_name("source")
+    shutil.rmtree(source, ignore_errors=True)
+    generate = [sys.executable, "-m", "omnifp4.tiny", str(source)]
+    generate += ["--real", shape] if shape == SHAPE else []
+    generate += ["--layers", str(layers)] if layers else []
+    command = [sys.executable, "-m", "omnifp4", "quantize", str(source), str(folder), "--format", "compressed-tensors"]
+    try:
+        subprocess.run(generate, check=True)
+        write_tokenizer(source, shape)
+        subprocess.run(command, check=True)
+    finally:
+        shutil.rmtree(source, ignore_errors=True)
+
+
+def make_artifact(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The artifact, unless it is there from an earlier run; its figures."""
+    started = time.perf_counter()
+    figures: dict[str, Any] = {"made_by": "an earlier run"}
+    if not (folder / "config.json").is_file():
+        figures["made_by"] = "omnifp4 quantize" if arguments.quantize else "drawn"
+        if arguments.quantize:
+            quantize_artifact(folder, arguments.shape, arguments.layers)
+        else:
+            draw_artifact(folder, arguments.shape, arguments.layers, arguments.workers)
+        figures["seconds"] = round(time.perf_counter() - started, 1)
+    return {**figures, "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors"))}
 
 
 def unpack(pack: Path, site: Path, cache: Path) -> None:
@@ -179,24 +221,26 @@ def load(url: str, requests: int, clients: int, tokens: int, mix: str, out: Path
 
 
 def run_variant(
-    variant: str, artifact: Path, python: Path, folder: Path, arguments: argparse.Namespace
+    variant: str, artifact: Path, python: Path, folder: Path, arguments: argparse.Namespace, left_s: float
 ) -> dict[str, Any]:
-    """Serve, smoke, load, stop."""
+    """Serve, smoke, load, stop; in `left_s` seconds."""
     engine, extra = VARIANTS[variant]
     port = arguments.port
     record = folder / "cache" / "omnifp4" / "handover" / f"{engine}-{port}" / "handover.json"
     record.unlink(missing_ok=True)
+    timeout = min(arguments.timeout, left_s)
     command = [sys.executable, "-m", "omnifp4", "serve", str(artifact), "--engine", engine, "--port", str(port)]
-    command += ["--python", str(python), "--context", str(arguments.context), "--start-timeout", str(arguments.timeout)]
+    command += ["--python", str(python), "--context", str(arguments.context), "--start-timeout", str(timeout)]
     command += ["--max-speech-seconds", str(arguments.speech_seconds), *(f"--extra={argument}" for argument in extra)]
     started = time.monotonic()
     result: dict[str, Any] = {"variant": variant}
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
     with subprocess.Popen(command, env=environment) as server:
-        while server.poll() is None and not record.is_file() and time.monotonic() - started < arguments.timeout + 60:
+        while server.poll() is None and not record.is_file() and time.monotonic() - started < timeout + 60:
             time.sleep(0.5)
         if record.is_file() and server.poll() is None:
             receipt = json.loads(record.read_text())
+            shutil.copy(record, folder / f"handover-{variant}.json")
             result |= {
                 name: receipt[name] for name in ("start_s", "kernels", "memory", "gpu_bytes", "smoke", "verdict")
             }
@@ -204,11 +248,18 @@ def run_variant(
             plan = [("text", 1, 4, tokens), ("text", arguments.clients, 2 * arguments.clients, tokens)]
             plan += [("speech", 1, 3, 32), ("speech", 8, 16, 32)] if variant == "omni" else []
             for mix, clients, requests, most in plan:
+                if time.monotonic() - started > left_s:
+                    result["cut"] = "time was up"
+                    break
                 out = folder / f"load-{variant}-{mix}-{clients}.json"
                 result.setdefault("load", []).append(load(receipt["url"], requests, clients, most, mix, out))
         if server.poll() is None:
             server.send_signal(signal.SIGINT)
-        result["status"] = server.wait(90)
+        try:
+            result["status"] = server.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            server.terminate()
+            result["status"] = server.wait()
     log = record.with_name("engine.log")
     if log.is_file():
         shutil.copy(log, folder / f"engine-{variant}.log")
@@ -225,6 +276,8 @@ def main() -> None:
     parser.add_argument("--variants", default="text", help="comma list of text, full, omni")
     parser.add_argument("--shape", default=SHAPE, help=f"{SHAPE} or tiny")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--quantize", action="store_true", help="let `omnifp4 quantize` make the artifact")
+    parser.add_argument("--deadline", type=float, default=3600.0, help="seconds after which nothing new is begun")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=256)
@@ -234,35 +287,49 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="copy logs, receipts and figures here")
     arguments = parser.parse_args()
+    begin = time.monotonic()
+    variants = [name for name in arguments.variants.split(",") if name != "none"]
+    if unknown := set(variants) - set(VARIANTS):
+        parser.error(f"no variant {', '.join(unknown)}; known: {', '.join(VARIANTS)}, none")
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     python = arguments.python or sys.executable
     site = arguments.site or (folder / "site" if arguments.pack else None)
     if site is not None:
         started = time.perf_counter()
+        site = site.resolve()
         if arguments.pack:
-            unpack(arguments.pack, site, folder / "cache")
-        python = str(write_interpreter(folder / "engine" / "python", python, site.resolve(), folder / "cache"))
+            unpack(arguments.pack, site, site.parent / "cache")
+        python = str(write_interpreter(site.parent / "engine" / "python", python, site, site.parent / "cache"))
         print(f"packed vLLM ready in {time.perf_counter() - started:.1f} s", flush=True)
     figures: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "context": arguments.context}
     artifact = arguments.artifact or folder / "artifact"
     if arguments.artifact is None:
-        figures["artifact"] = write_artifact(artifact, arguments.shape, arguments.layers, arguments.workers)
+        figures["artifact"] = make_artifact(artifact, arguments)
         print(f"artifact: {figures['artifact']}", flush=True)
     if arguments.python is None and (torch := import_module("torch")).cuda.is_available():
         figures["device"] = torch.cuda.get_device_name()
     figures["variants"] = []
-    for variant in arguments.variants.split(","):
-        result = run_variant(variant, artifact, Path(python), folder, arguments)
+    for variant in variants:
+        left = arguments.deadline - (time.monotonic() - begin)
+        if left < LEAST_SECONDS:
+            result = {"variant": variant, "status": 1, "cut": f"only {left:.0f} s were left"}
+        else:
+            result = run_variant(variant, artifact, Path(python), folder, arguments, left - STOP_S / 3)
         figures["variants"].append(result)
         print(json.dumps(result), flush=True)
+        if arguments.out is not None:
+            keep(folder, arguments.out, figures)
     print(json.dumps(figures))
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        for path in (*folder.glob("engine-*.log"), *folder.glob("load-*.json")):
-            shutil.copy(path, arguments.out)
-        (arguments.out / "vllm_handover.json").write_text(json.dumps(figures, indent=2))
     sys.exit(any(result["status"] or "load" not in result for result in figures["variants"]))
+
+
+def keep(folder: Path, out: Path, figures: dict[str, Any]) -> None:
+    """Logs, receipts and figures so far, in a folder that outlasts this one."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (*folder.glob("engine-*.log"), *folder.glob("load-*.json"), *folder.glob("handover-*.json")):
+        shutil.copy(path, out)
+    (out / "vllm_handover.json").write_text(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Dequantizes an artifact with ModelOpt's NVFP4QTensor and compares the values.
+"""Dequantizes an artifact with ModelOpt's own tensor classes and compares the values.
 
     python check_modelopt.py ARTIFACT EXPECTED.safetensors
 
 ARTIFACT is a checkpoint folder in the ModelOpt dialect; EXPECTED holds the value of
 every quantized linear as BF16 `X.weight`. The comparison is exact. ModelOpt computes
-`bfloat16(code * (float32(block_scale) * weight_scale_2))`.
+`bfloat16(code * (float32(block_scale) * weight_scale_2))` in NVFP4. In mixed precision each
+linear is what `quantized_layers` says of it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import sys
 from pathlib import Path
 
 import torch
-from modelopt.torch.quantization.qtensor import NVFP4QTensor
+from modelopt.torch.export.quant_utils import from_quantized_weight
+from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
 from tensors import Checkpoint, Usage, compare_weights, run
 
 BLOCK_SIZE = 16
+MXFP4_BLOCK_SIZE = 32
 
 
 def dequantize(artifact: Checkpoint, module: str) -> torch.Tensor:
@@ -41,6 +44,26 @@ def dequantize(artifact: Checkpoint, module: str) -> torch.Tensor:
     return value
 
 
+def dequantize_other(artifact: Checkpoint, module: str, algorithm: str) -> torch.Tensor:
+    """The BF16 value of one FP8 or MXFP4 linear, shape [out, in], computed by ModelOpt.
+
+    Raises:
+        Usage: another algorithm.
+    """
+    codes, scale = artifact.load(f"{module}.weight"), artifact.load(f"{module}.weight_scale")
+    value: torch.Tensor
+    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+        value = from_quantized_weight(codes, scale[:, None], "fp8", torch.bfloat16)
+    elif algorithm == "MXFP4":
+        shape = torch.Size([*codes.shape[:-1], codes.shape[-1] * 2])
+        value = MXFP4QTensor(shape, torch.bfloat16, codes).dequantize(
+            dtype=torch.bfloat16, scale=scale, block_sizes={-1: MXFP4_BLOCK_SIZE}
+        )
+    else:
+        raise Usage(f"{module}: quant_algo {algorithm!r}; this check reads FP8_PER_CHANNEL_PER_TOKEN and MXFP4")
+    return value
+
+
 def check(arguments: list[str]) -> int:
     """Runs the check on `[ARTIFACT, EXPECTED]`; returns the number of failures."""
     if len(arguments) != 2:
@@ -56,9 +79,17 @@ def check(arguments: list[str]) -> int:
     modules = [
         name.removesuffix(".weight")
         for name in artifact.names()
-        if name.endswith(".weight") and artifact.dtype(name) == "U8"
+        if name.endswith(".weight") and artifact.dtype(name) in ("U8", "F8_E4M3")
     ]
-    return compare_weights(artifact, expected, modules, lambda name: dequantize(artifact, name))
+    layers = config.get("quantized_layers", {})
+
+    def value(module: str) -> torch.Tensor:
+        said = str(layers[module]["quant_algo"]) if layers else algorithm
+        if said in ("NVFP4", "W4A16_NVFP4"):
+            return dequantize(artifact, module)
+        return dequantize_other(artifact, module, said)
+
+    return compare_weights(artifact, expected, modules, value)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python check_vllm_config.py [--allow-nameless-head] ARTIFACT...
 
 For each artifact: vLLM must recognise the quantization_config; every module that vLLM
-would build must be excluded exactly when the artifact holds it unquantized; and every
-ignore entry must match something. No model is built: module names come from the
+would build must be excluded exactly when the artifact holds it unquantized, and otherwise
+be of the number format that its tensors are; and every ignore entry must match something. No model is built: module names come from the
 checkpoint's tensor names, through vLLM's name mapper and its tables of fused modules.
 
 vLLM (seen in 0.26 to 0.33) builds the head of Qwen3-Omni without a name, so no ignore
@@ -61,6 +61,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  
 
 OVERRIDES = ("inc", "modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed")
 PACKED = (".weight_packed", ".weight")
+WIDE = ""
+ALGORITHMS = {
+    "NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4", "FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "MXFP4": "mxfp4",
+}  # fmt: skip
+"""ModelOpt's algorithms and what weights are in them."""
+
+UNREAD = {"mxfp4"}
+UNREAD_EXPERTS = {"fp8"}
+"""What no version of vLLM seen here reads from a ModelOpt config: told as a note."""
 
 
 class Report:
@@ -89,18 +98,26 @@ def recognise(config: dict[str, Any]) -> str:
     return str(config.get("quant_method"))
 
 
-def linears(artifact: Checkpoint) -> dict[str, bool]:
-    """Every linear of the artifact by checkpoint name, and whether its tensor is FP4."""
-    found: dict[str, bool] = {}
+def linears(artifact: Checkpoint) -> dict[str, str]:
+    """Every linear of the artifact by checkpoint name, and the number format of its tensor; empty: wide."""
+    found: dict[str, str] = {}
     for name in artifact.names():
         for suffix in PACKED:
             if name.endswith(suffix):
                 module = name.removesuffix(suffix)
-                packed = artifact.dtype(name) == "U8"
+                packed = number_format(artifact, module, artifact.dtype(name))
                 if (packed or artifact.rank(name) == 2) and not EMBEDDING.search(module):
                     found[module] = packed
                 break
     return found
+
+
+def number_format(artifact: Checkpoint, module: str, dtype: str) -> str:
+    """What the codes of a linear are, by their type and that of their scales."""
+    if dtype == "U8":
+        scale = f"{module}.weight_scale"
+        return "mxfp4" if scale in artifact and artifact.dtype(scale) == "U8" else "nvfp4"
+    return {"F8_E4M3": "fp8", "I32": "int8", "I8": "int8"}.get(dtype, WIDE)
 
 
 def stand_in(kind: type[torch.nn.Module]) -> torch.nn.Module:
@@ -108,27 +125,43 @@ def stand_in(kind: type[torch.nn.Module]) -> torch.nn.Module:
     return kind.__new__(kind)
 
 
-def quantizes(config: QuantizationConfig, name: str, *, head: bool) -> bool:
-    """Whether vLLM would build the module `name` as FP4.
+def quantizes(config: QuantizationConfig, name: str, *, head: bool) -> str:
+    """The number format as which vLLM would build the module `name`; empty: wide.
 
     Raises:
         ValueError: vLLM refuses a fused module of which only some parts are excluded.
     """
     if isinstance(config, ModelOptMixedPrecisionConfig):
-        return not config.is_layer_excluded(name) and config._resolve_quant_algo(name) is not None
+        algorithm = None if config.is_layer_excluded(name) else config._resolve_quant_algo(name)
+        return WIDE if algorithm is None else ALGORITHMS.get(algorithm, algorithm)
     if isinstance(config, ModelOptQuantConfigBase):
-        return not config.is_layer_excluded(name)
+        return WIDE if config.is_layer_excluded(name) else "nvfp4"
     if name.endswith(".experts"):
         # As CompressedTensorsMoEMethod.get_moe_method does: expert 0 speaks for all.
         config._add_fused_moe_to_target_scheme_map()
         layer = stand_in(RoutedExperts)
         shards = (f"{name}.0.{part}_proj" for part in ("gate", "up", "down"))
-        answers = {config.get_scheme_dict(layer, shard) is not None for shard in shards}
+        answers = {told(config.get_scheme_dict(layer, shard)) for shard in shards}
         if len(answers) != 1:
             raise ValueError("the projections of expert 0 have different schemes")
         return answers.pop()
     layer = stand_in(ParallelLMHead if head else ReplicatedLinear)
-    return config.get_scheme_dict(layer, name) is not None
+    return told(config.get_scheme_dict(layer, name))
+
+
+def told(scheme: dict[str, Any] | None) -> str:
+    """The number format of the weights in a scheme of compressed-tensors as vLLM has parsed it."""
+    if scheme is None:
+        return WIDE
+    weights = scheme["weights"]
+    kind = (weights.num_bits, str(getattr(weights.type, "value", weights.type)), weights.group_size)
+    formats = {
+        (4, "float", 16): "nvfp4",
+        (4, "float", 32): "mxfp4",
+        (8, "float", None): "fp8",
+        (8, "int", None): "int8",
+    }
+    return formats.get(kind, str(kind))
 
 
 def ignores(config: QuantizationConfig, name: str) -> bool:
@@ -158,46 +191,52 @@ def parse(raw: dict[str, Any], stage: Stage | None = None) -> QuantizationConfig
     return config
 
 
-def check_stage(report: Report, stage: Stage, raw: dict[str, Any], tensors: dict[str, bool], allow_head: bool) -> None:
+def check_stage(report: Report, stage: Stage, raw: dict[str, Any], tensors: dict[str, str], allow_head: bool) -> None:
     """Compares, for one stage, what vLLM would quantize with what the tensors are."""
     config = parse(raw, stage)
-    groups: dict[str, dict[str, bool]] = {}
+    if isinstance(config, ModelOptMixedPrecisionConfig) and stage.title.startswith("vllm-omni 0.26"):
+        report.note(stage.title, "renames quantized_layers to names that its modules do not have: it reads none of it")
+        return
+    groups: dict[str, dict[str, str]] = {}
     head_names: set[str] = set()
-    for module, is_fp4 in tensors.items():
+    for module, kind in tensors.items():
         name = stage.name(module)
         if name is None:
             continue
         if stage.is_head(module):
             name = name if stage.head is None else stage.head
             head_names.add(name)
-        groups.setdefault(stage.fused(name), {})[module] = is_fp4
+        groups.setdefault(stage.fused(name), {})[module] = kind
 
     agreed = 0
     before = report.failures
     for name, parts in sorted(groups.items()):
         subject = f"{stage.title}: {name or '(nameless head)'}"
         if len(set(parts.values())) != 1:
-            some = next(module for module, is_fp4 in parts.items() if not is_fp4)
-            report.line(False, subject, f"partly FP4; {some} is not")
+            report.line(False, subject, f"partly {' and '.join(sorted({kind or 'wide' for kind in parts.values()}))}")
             continue
-        is_fp4 = next(iter(parts.values()))
+        kind = next(iter(parts.values()))
+        if isinstance(config, ModelOptMixedPrecisionConfig) and (
+            kind in UNREAD or (kind in UNREAD_EXPERTS and name.endswith(".experts"))
+        ):
+            report.note(subject, f"vLLM does not read {kind} here from a ModelOpt config")
+            continue
         if stage.unasked.search(name):
-            if is_fp4:
-                report.line(False, subject, "FP4, but the engine builds it unquantized")
-            agreed += not is_fp4
+            if kind:
+                report.line(False, subject, f"{kind}, but the engine builds it unquantized")
+            agreed += not kind
             continue
         try:
             wanted = quantizes(config, name, head=name in head_names)
         except ValueError as error:
             report.line(False, subject, f"vLLM refuses it: {error}")
             continue
-        if wanted == is_fp4:
+        if wanted == kind:
             agreed += 1
         elif name == "" and wanted and allow_head:
-            report.note(subject, "vLLM expects FP4 here, and no ignore entry can say otherwise")
+            report.note(subject, f"vLLM expects {wanted} here, and no ignore entry can say otherwise")
         else:
-            told = "quantized" if wanted else "excluded"
-            report.line(False, subject, f"{told} by the config, {'FP4' if is_fp4 else 'not FP4'}")
+            report.line(False, subject, f"{wanted or 'excluded'} by the config, {kind or 'wide'} in the tensors")
     if report.failures == before:
         report.line(True, stage.title, f"{agreed} of {len(groups)} modules as the tensors are")
 
@@ -229,8 +268,9 @@ def check_artifact(path: Path, allow_head: bool) -> int:
     report.line(True, "recognised", f"{recognise(raw)} {detail}".strip())
 
     tensors = linears(artifact)
-    fp4 = sum(tensors.values())
-    report.line(fp4 > 0, "tensors", f"{fp4} of {len(tensors)} linears are FP4")
+    quantized = sum(bool(kind) for kind in tensors.values())
+    kinds = ", ".join(sorted({kind for kind in tensors.values() if kind}))
+    report.line(quantized > 0, "tensors", f"{quantized} of {len(tensors)} linears are {kinds}")
     for stage in stages:
         check_stage(report, stage, raw, tensors, allow_head)
 

@@ -40,7 +40,7 @@ def machine(capability: str, size: int, count: int) -> Machine:
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     artifact = folder / "tiny-ct"
-    write_tiny_omni(folder / "tiny")
+    write_tiny_omni(folder / "tiny", random_weights=True)
     api.quantize(folder / "tiny", artifact, format="compressed-tensors")
     commands = []
     for engine in ("vllm", "vllm-omni"):

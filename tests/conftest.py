@@ -15,8 +15,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def tiny_omni(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled tiny omni checkpoint, in one shard. Tests must not write to it."""
-    return write_tiny_omni(tmp_path_factory.mktemp("tiny_omni") / "tiny-omni")
+    """The tiny omni checkpoint of random weights, in one shard. Tests must not write to it."""
+    return write_tiny_omni(tmp_path_factory.mktemp("tiny_omni") / "tiny-omni", random_weights=True)
+
+
+@pytest.fixture(scope="session")
+def trained_omni(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled, trained tiny omni checkpoint, in one shard. Tests must not write to it."""
+    return write_tiny_omni(tmp_path_factory.mktemp("trained_omni") / "tiny-omni")
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +33,16 @@ def tiny_artifact(tiny_omni: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     out = tmp_path_factory.mktemp("tiny_artifact") / "tiny-omni-nvfp4"
     quantize(tiny_omni, out, threads=2)
     return out
+
+
+@pytest.fixture(scope="session")
+def mixed_artifacts(tiny_omni: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`tiny_omni` in several schemes, by dialect, and their fake-quant twins, by dialect and "-fake". Not to be written to."""
+    from omnifp4 import quantize
+    from small_checkpoints import MIXED_COMPONENTS
+
+    home = tmp_path_factory.mktemp("mixed")
+    for dialect, components in MIXED_COMPONENTS.items():
+        quantize(tiny_omni, home / dialect, threads=2, components=components, format=dialect)
+        quantize(tiny_omni, home / f"{dialect}-fake", threads=2, components=components, format="fake-quant")
+    return {path.name: path for path in home.iterdir()}

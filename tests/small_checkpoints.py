@@ -54,6 +54,15 @@ QWEN3_VL_MOE: Config = {
     "text_config": EXPERTS,
     "vision_config": VISION,
 }
+MIXED_COMPONENTS = {
+    "modelopt": ("thinker.attention=fp8", "thinker.head=fp8", "talker.attention=mxfp4", "talker.experts=fp8"),
+    "compressed-tensors": (
+        "thinker.experts=mxfp4", "thinker.attention=int8", "talker.attention=fp8", "talker.experts=fp8",
+        "talker.shared_experts=int8", "talker.head=mxfp4", "talker.projections=nvfp4",
+    ),
+}  # fmt: skip
+"""Every scheme of every dialect, in linears and in experts."""
+
 BERT: Config = {
     "model_type": "bert",
     "vocab_size": 96,

@@ -2,11 +2,14 @@
 
     python -m training prepare --recordings FSDD/recordings --text A.txt B.txt --out .train/data.npz
     python -m training train --data .train/data.npz --out OUT --minutes 6
+    python -m training train --data .train/data.npz --out OUT --from BEFORE       # goes on from an earlier result
     python -m training train --data .train/data.npz --out OUT --stage talker      # one stage again
+    python -m training train --data .train/data.npz --out OUT --from BEFORE --stage eye --stage examine
 
-Four stages. ``codec`` (with the judge) and ``thinker`` need nothing of each other and run side by side; ``talker`` needs
-both; ``examine`` writes the checkpoint and its results. A stage that was interrupted goes on where it was; one that is
-done is not run again unless it is named.
+Five stages. ``codec`` (with the judge) and ``thinker`` need nothing of each other and run side by side; ``eye`` trains the
+thinker's vision tower alone; ``talker`` needs all three; ``examine`` writes the checkpoint and its results. A stage that
+was interrupted goes on where it was; one that is done is not run again unless it is named. A stage that is named takes
+what it needs of the others from this run or, where this run has none, from the earlier result.
 """
 
 from __future__ import annotations
@@ -18,16 +21,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-STAGES = ("codec", "thinker", "talker", "examine")
-SHARES = {"judge": 0.06, "codec": 0.42, "thinker": 0.56, "talker": 0.27}
-"""Of the minutes; judge and codec together run beside the thinker."""
-TASKS = {"picture": 3, "sound": 4, "two": 5, "arithmetic": 1.5, "repeat": 2, "continue": 1, "text": 4}
+STAGES = ("codec", "thinker", "eye", "talker", "examine")
+SHARES = {"judge": 0.04, "ear": 0.04, "codec": 0.62, "thinker": 0.6, "eye": 0.1, "talker": 0.26}
+"""Of the minutes; judge, ear and codec together run beside the thinker."""
+RATES = {"judge": 2e-3, "ear": 2e-3, "codec": 1e-3, "thinker": 1.5e-3, "eye": 8e-4, "talker": 2e-3}
+"""Highest learning rates."""
+AGAIN = 0.7
+"""Times the rates, for what goes on from an earlier result."""
+ROW_TOKENS = 96
+"""Tokens of a row in training; the few conversations that are longer are left out."""
+TASKS = {"picture": 3, "sound": 2.5, "two": 5, "arithmetic": 1.5, "repeat": 3, "continue": 1, "text": 4}
 """Shares of a thinker's batch."""
-SPEECH_TASKS = {"picture": 2, "sound": 2, "two": 2, "arithmetic": 2, "repeat": 4, "continue": 0.4}
+SPEECH_TASKS = {"picture": 2, "sound": 2, "two": 2, "arithmetic": 2, "repeat": 3, "continue": 0.3}
 """Shares of a talker's batch."""
 
 
@@ -45,10 +54,18 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--work", type=Path, help="folder of the stages' full-precision results; OUT/../work if not given"
     )
+    train.add_argument("--from", dest="before", type=Path, help="folder of an earlier result, whose weights go on")
     train.add_argument("--stage", choices=STAGES, action="append", help="run these stages only, even if done")
     train.add_argument("--minutes", type=float, default=6.0, help="of training, in all")
+    for stage, share in SHARES.items():
+        train.add_argument(f"--{stage}-minutes", type=float, help=f"of this part alone; {share} of all if not given")
+    train.add_argument("--pictures", type=int, default=512, help="pictures in a batch, in conversations or alone")
+    train.add_argument("--eye-pictures", type=int, default=256, help="pictures in a batch of the eye's stage")
+    train.add_argument("--sounds", type=int, default=256, help="recordings in a batch, in conversations or alone")
+    train.add_argument("--crops", type=int, default=48, help="crops of sound in a batch of the codec")
+    train.add_argument("--step-by-step", action="store_true", help="no CUDA graphs")
     train.add_argument("--rows", type=int, default=384, help="conversations in a batch")
-    train.add_argument("--workers", type=int, default=max(0, min(10, (os.cpu_count() or 2) - 4)))
+    train.add_argument("--workers", type=int, default=max(0, min(10, (os.cpu_count() or 2) - 5)))
     train.add_argument("--device", default=None, help="cuda if there is one, else cpu")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--takes", type=int, default=10, help="how often each voice says each digit in the examination")
@@ -77,7 +94,7 @@ class Run:
         import torch
 
         from training import data
-        from training.architecture import build, trained_config
+        from training.architecture import trained_config
 
         self.options = options
         self.begun = time.monotonic()
@@ -91,7 +108,25 @@ class Run:
         self.data = data.load(options.data)
         self.config = trained_config()
         self.tokenizer = tokenizer()
-        self.model = build(options.seed).to(self.device).eval()
+        self.capture = not options.step_by_step
+
+    @cached_property
+    def built(self) -> tuple[Any, dict[str, Any]]:
+        """The model, and the helpers' weights of the earlier result if there is one."""
+        from training import export
+        from training.architecture import build
+
+        model = build(self.options.seed)
+        before = export.read(model, self.options.before) if self.options.before else {}
+        return model.to(self.device).eval(), before
+
+    @property
+    def model(self) -> Any:
+        return self.built[0]
+
+    @property
+    def before(self) -> dict[str, Any]:
+        return self.built[1]
 
     def log(self, text: str) -> None:
         line = f"{time.strftime('%H:%M:%S')} {time.monotonic() - self.begun:6.1f} s  {text}"
@@ -99,10 +134,12 @@ class Run:
         with (self.options.out / "log.txt").open("a") as file:
             file.write(line + "\n")
 
-    def clock_of(self, stage: str, rate: float) -> Callable[[Any, dict[str, Any]], Any]:
+    def clock_of(self, stage: str) -> Callable[[Any, dict[str, Any]], Any]:
         from training.schedule import Clock
 
-        seconds = SHARES[stage] * self.options.minutes * 60
+        minutes = getattr(self.options, f"{stage}_minutes")
+        seconds = 60 * (SHARES[stage] * self.options.minutes if minutes is None else minutes)
+        rate = RATES[stage] * (AGAIN if self.before else 1.0)
         return lambda optimizer, modules: Clock(
             stage, seconds, optimizer, rate, modules, self.work / f"{stage}.state", self.log
         )
@@ -112,14 +149,14 @@ class Run:
 
         return Author(self.data, self.tokenizer, self.config, test=test, seed=seed)
 
-    def batches(self, tasks: dict[str, float], rows: int, speech: Any = None) -> Any:
+    def batches(self, tasks: dict[str, float], rows: int, speech: Any = None, space: Any = None) -> Any:
         from training.conversations import Batches, loader
 
         whole = sum(tasks.values())
         shares = {task: max(1, round(rows * share / whole)) for task, share in tasks.items()}
         pad = self.config["thinker_config"]["text_config"]["vocab_size"] - 33
         return loader(
-            Batches(partial(self.author, False), shares, self.options.seed * 1000 + 1, pad, speech),
+            Batches(partial(self.author, False), shares, self.options.seed * 1000 + 1, pad, speech, space),
             self.options.workers,
         )
 
@@ -131,10 +168,13 @@ class Run:
         partial_path.replace(self.work / f"{name}.pt")
 
     def load(self, name: str, module: Any) -> None:
+        """A stage's result; the earlier result's where there is none, which the model itself has already."""
         import torch
 
         path = self.work / f"{name}.pt"
         if not path.exists():
+            if self.before and (name in ("thinker", "talker", "code2wav") or self.helper(name, module)):
+                return
             raise SystemExit(f"{path} is missing: run its stage first")
         module.load_state_dict(torch.load(path, map_location=self.device, weights_only=True))
 
@@ -146,21 +186,41 @@ class Run:
             f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items() if isinstance(value, float))
         )
 
+    def helper(self, name: str, module: Any) -> bool:
+        """Weights of an earlier result for what is no part of the model; whether there are any."""
+        found = {
+            key.removeprefix(f"{name}."): value for key, value in self.before.items() if key.startswith(f"{name}.")
+        }
+        if found:
+            module.load_state_dict(found)
+        return bool(found)
+
     def codec(self) -> None:
-        from training import codec, judge
+        from training import codec, ear, judge
 
         listener = judge.Judge().to(self.device)
-        judge.train(listener, self.data, self.clock_of("judge", 2e-3), self.options.seed)
+        if not self.helper("judge", listener):
+            judge.train(listener, self.data, self.clock_of("judge"), self.options.seed)
+        listener.eval()
         self.save("judge", listener)
         accuracy = judge.examine(listener, self.data)
+        teacher = ear.Ear().to(self.device)
+        if not self.helper("ear", teacher):
+            ear.train(teacher, self.data, self.clock_of("ear"), self.options.seed + 1, self.capture)
+        teacher.eval()
+        self.save("ear", teacher)
         encoder = codec.Encoder(self.config["code2wav_config"]["hidden_size"]).to(self.device)
+        fresh = not self.helper("encoder", encoder)
         codec.train(
             self.model,
             encoder,
+            teacher,
             self.data,
-            self.clock_of("codec", 1e-3),
+            self.clock_of("codec"),
             self.options.seed,
-            max(4, self.options.rows // 8),
+            fresh=fresh,
+            capture=self.capture,
+            count=self.options.crops,
         )
         self.save("encoder", encoder)
         self.save("code2wav", self.model.code2wav)
@@ -187,13 +247,35 @@ class Run:
 
     def thinker(self) -> None:
         from training import thinker
+        from training.conversations import Space
 
-        batches = self.batches(TASKS, self.options.rows)
-        thinker.train(self.model, self.data, batches, self.clock_of("thinker", 2e-3), self.options.seed)
+        space = Space(ROW_TOKENS, self.options.pictures, self.options.sounds)
+        batches = self.batches(TASKS, self.options.rows, space=space)
+        clock = self.clock_of("thinker")
+        thinker.train(self.model, self.data, batches, clock, self.options.seed, self.capture)
         self.save("thinker", self.model.thinker)
+        (self.work / "eye.pt").unlink(missing_ok=True)
         self.note("thinker", thinker.examine(self.model, self.data, self.author(True, 7), self.options.examples))
 
-    def script(self, encoder: Any) -> Any:
+    def eye(self) -> None:
+        from training import eye
+        from training.towers import tower_of
+
+        self.load("thinker", self.model.thinker)
+        author = self.author(False, self.options.seed)
+        clock = self.clock_of("eye")
+        eye.train(self.model, self.data, author, clock, self.options.seed, self.options.eye_pictures, self.log)
+        self.save("eye", tower_of(self.model.thinker, "visual"))
+
+    def see(self) -> None:
+        """The thinker, with the eye if that stage was run."""
+        from training.towers import tower_of
+
+        self.load("thinker", self.model.thinker)
+        if (self.work / "eye.pt").exists():
+            self.load("eye", tower_of(self.model.thinker, "visual"))
+
+    def script(self, encoder: Any, teacher: Any) -> Any:
         import numpy as np
 
         from training import codec
@@ -203,28 +285,36 @@ class Run:
         voices = [self.data.speakers.tolist().index(speaker) for speaker in VOICES.values()]
         numbers = self.data.wave_numbers(False)
         numbers = numbers[np.isin(self.data.wave_speakers[numbers], voices)]
-        codes = codec.codes_of(encoder, self.model.code2wav, self.data, numbers)
+        made = codec.codes_of(encoder, self.model.code2wav, self.data, numbers)
+        codes = dict(zip(numbers.tolist(), made, strict=True))
+        clear = codec.clearness(teacher, self.model.code2wav, self.data, codes)
         quiet = codec.silence(encoder, self.model.code2wav)
-        return Script(self.data, dict(zip(numbers.tolist(), codes, strict=True)), quiet, self.config, self.options.seed)
+        return Script(self.data, codes, clear, quiet, self.config, self.options.seed)
 
-    def heard(self) -> tuple[Any, Any]:
-        from training import codec, judge
+    def heard(self) -> tuple[Any, Any, Any]:
+        """Judge, encoder and ear; the model's code2wav is loaded too."""
+        from training import codec, ear, judge
 
         listener = judge.Judge().to(self.device).eval()
         encoder = codec.Encoder(self.config["code2wav_config"]["hidden_size"]).to(self.device).eval()
+        teacher = ear.Ear().to(self.device).eval()
         self.load("judge", listener)
         self.load("encoder", encoder)
+        self.load("ear", teacher)
         self.load("code2wav", self.model.code2wav)
-        return listener, encoder
+        return listener, encoder, teacher
 
     def talker(self) -> None:
         from training import talker
+        from training.conversations import Space
 
-        _, encoder = self.heard()
-        self.load("thinker", self.model.thinker)
-        script = self.script(encoder)
-        batches = self.batches(SPEECH_TASKS, max(8, self.options.rows // 2), script)
-        talker.train(self.model, self.data, batches, self.clock_of("talker", 2e-3), self.options.seed)
+        _, encoder, teacher = self.heard()
+        self.see()
+        script = self.script(encoder, teacher)
+        rows = max(8, self.options.rows // 2)
+        # Two media at most in a row, and those of an earlier turn.
+        batches = self.batches(SPEECH_TASKS, rows, script, Space(ROW_TOKENS, rows, rows))
+        talker.train(self.model, self.data, batches, self.clock_of("talker"), self.options.seed, self.capture)
         self.save("talker", self.model.talker)
 
     def examine(self) -> None:
@@ -234,19 +324,20 @@ class Run:
         from training import export, talker, thinker
         from training.conversations import batch
 
-        listener, encoder = self.heard()
-        self.load("thinker", self.model.thinker)
+        listener, encoder, teacher = self.heard()
+        self.see()
         self.load("talker", self.model.talker)
         export.write(self.model, self.options.out)
         helpers = {f"judge.{name}": value for name, value in listener.state_dict().items()}
         helpers |= {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+        helpers |= {f"ear.{name}": value for name, value in teacher.state_dict().items()}
         save_file(
             {name: value.half().contiguous().cpu() for name, value in helpers.items()},
             self.options.out / "helpers.safetensors",
         )
         # From here on the weights are what was written: BF16.
         self.model.load_state_dict({name: value.bfloat16().float() for name, value in self.model.state_dict().items()})
-        script, author = self.script(encoder), self.author(True, 11)
+        script, author = self.script(encoder, teacher), self.author(True, 11)
         random = torch.Generator(self.device).manual_seed(self.options.seed)
         results: dict[str, Any] = {
             "thinker in BF16": thinker.examine(self.model, self.data, self.author(True, 7), self.options.examples)
@@ -263,10 +354,17 @@ class Run:
             self.model, lambda: thinker.read(self.model.thinker, senses, tensors, None)
         )
         for stage in ("codec", "thinker"):
-            results[stage] = json.loads((self.work / f"results.{stage}.json").read_text())
+            results[stage] = self.noted(stage)
         results["parameters"] = sum(one.numel() for one in self.model.parameters())
         (self.options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         self.log(json.dumps({name: results[name] for name in ("thinker in BF16", "speech, sampled", "speech, greedy")}))
+
+    def noted(self, stage: str) -> Any:
+        """What `note` wrote; of the earlier result, if that stage was not run here."""
+        path = self.work / f"results.{stage}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        return json.loads((self.options.before / "results.json").read_text())[stage]
 
     def run(self) -> None:
         asked = self.options.stage
@@ -275,20 +373,46 @@ class Run:
                 if stage in asked:
                     getattr(self, stage)()
             return
-        done = {"codec": "code2wav.pt", "thinker": "thinker.pt", "talker": "talker.pt"}
-        left = {stage for stage, file in done.items() if not (self.work / file).exists()}
-        beside = None
-        if "codec" in left:
-            # A process of its own: both stages wait for Python more than for the device.
-            command = [sys.executable, "-m", "training", *sys.argv[1:], "--stage", "codec"]
-            beside = subprocess.Popen(command)
-        if "thinker" in left:
-            self.thinker()
-        if beside is not None and beside.wait():
-            raise SystemExit("the stage codec failed")
-        if "talker" in left:
-            self.talker()
+        done = {"codec": "code2wav.pt", "thinker": "thinker.pt"}
+        beside = {
+            stage: self.start(stage)
+            for stage in ("thinker", "codec")
+            # Processes of their own: both stages wait for Python more than for the device.
+            if not (self.work / done[stage]).exists()
+        }
+        _ = self.built
+        self.watch(beside)
+        for stage in ("eye", "talker"):
+            if not (self.work / f"{stage}.pt").exists():
+                self.watch({stage: self.start(stage)})
         self.examine()
+
+    def watch(self, running: dict[str, Any]) -> None:
+        """Waits for stages; one whose step could not be captured runs again, step by step."""
+        from training.steps import NOT_CAPTURED
+
+        while running:
+            time.sleep(0.2)
+            for stage, process in list(running.items()):
+                status = process.poll()
+                if status == NOT_CAPTURED:
+                    running[stage] = self.start(stage, "--step-by-step")
+                elif status is not None:
+                    del running[stage]
+                    if status:
+                        for other in running.values():
+                            other.terminate()
+                        raise SystemExit(f"the stage {stage} failed")
+
+    def start(self, stage: str, *more: str) -> Any:
+        """Begins a stage in a process of its own; on a second GPU, if there is one, the codec's."""
+        import torch
+
+        environment = dict(os.environ)
+        if stage == "codec" and torch.cuda.device_count() > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = "1"
+        command = [sys.executable, "-m", "training", *sys.argv[1:], "--stage", stage, *more]
+        return subprocess.Popen(command, env=environment)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,12 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data import Data
+from training.ear import Ear, compare
+from training.judge import lowered
 from training.sounds import SPEAKING, bank
+from training.steps import Step, rate_of, variation
 
 FRAME = 1920
 """Samples at 24 kHz of one frame of codes."""
 CROP = 16
 """Frames of a training example."""
+PLAIN_STEPS = 200
+"""Steps of a new codec without its quantizer, so that there is something to quantize."""
+BANDS_WEIGHT, HEARD_WEIGHT, NAMED_WEIGHT = 8.0, 1.0, 0.1
+"""Weights of what `training.ear` hears, beside the spectral distance."""
 STRIDES = (3, 4, 5, 8, 2, 2)
 WIDTHS = (16, 32, 64, 96, 128, 128, 128)
 
@@ -62,7 +69,7 @@ class Quantizer:
     def __init__(self, vocoder: Any) -> None:
         self.vocoder = vocoder
         self.count, self.size = vocoder.config.num_quantizers, vocoder.config.codebook_size
-        self.used = torch.zeros(self.count, self.size, device=vocoder.device)
+        self.used = torch.full((self.count, self.size), 2.0, device=vocoder.device)
 
     def books(self) -> Tensor:
         return self.vocoder.code_embedding.weight.view(self.count, self.size, -1)
@@ -97,7 +104,7 @@ class Quantizer:
 
     @torch.no_grad()
     def _revive(self, group: int, left: Tensor, nearest: Tensor) -> None:
-        used = torch.bincount(nearest, minlength=self.size).float()
+        used = torch.zeros_like(self.used[group]).index_add_(0, nearest, torch.ones_like(left[:, 0]))
         self.used[group].mul_(0.98).add_(used)
         dead = self.used[group] < 0.5
         pick = left[torch.randint(len(left), (self.size,), device=left.device)]
@@ -108,7 +115,13 @@ class Quantizer:
 
 def speak(vocoder: Any, states: Tensor) -> Tensor:
     """code2wav after its embedding: ``(n, frames, width)`` to ``(n, samples)``; as its own ``forward``, unclipped."""
-    hidden = vocoder.pre_transformer(inputs_embeds=states).last_hidden_state.transpose(1, 2)
+    decoder = vocoder.pre_transformer
+    places = torch.arange(states.shape[1], device=states.device)[None]
+    rotary = decoder.rotary_emb(states, places)
+    # Shorter than the sliding window, so causal; the stock mask would wait for the device.
+    for layer in decoder.layers:
+        states = layer(states, attention_mask=None, position_embeddings=rotary)
+    hidden = decoder.norm(states).transpose(1, 2)
     for blocks in vocoder.upsample:
         for block in blocks:
             hidden = block(hidden)
@@ -164,64 +177,118 @@ def warm_up(vocoder: Any) -> None:
             states = block(states)
 
 
-def train(model: Any, encoder: Encoder, data: Data, clock_of: Any, seed: int, count: int = 64) -> None:
+def train(
+    model: Any,
+    encoder: Encoder,
+    ear: Ear,
+    data: Data,
+    clock_of: Any,
+    seed: int,
+    *,
+    fresh: bool = True,
+    capture: bool = False,
+    count: int = 48,
+) -> None:
     """Trains encoder, codebooks and code2wav on the training recordings.
 
     Args:
         model: the whole model; only its code2wav changes.
         encoder: changes too.
+        ear: a trained listener, which stays as it is.
         data: recordings.
         clock_of: a function from ``(optimizer, modules)`` to a `Clock`.
         seed: of the crops.
+        fresh: begin with new weights; without a quantizer at first, then with code books taken from what it gets.
+        capture: as for `training.steps.Step`.
         count: crops at once.
     """
     vocoder = model.code2wav
     device = vocoder.device
-    warm_up(vocoder)
     waves, lengths = bank(data, SPEAKING, device)
     numbers = torch.from_numpy(data.wave_numbers(False)).to(device)
-    random = torch.Generator(device).manual_seed(seed)
+    digits = torch.from_numpy(data.wave_digits).to(device)
+    random = variation(device, seed)
     modules = nn.ModuleDict({"encoder": encoder, "code2wav": vocoder})
+    cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(
-        modules.parameters(), betas=(0.8, 0.99), weight_decay=0.0, fused=device.type == "cuda"
+        modules.parameters(), lr=rate_of(device, 1e-3), betas=(0.8, 0.99), weight_decay=0.0, fused=cuda, capturable=cuda
     )
     quantizer = Quantizer(vocoder)
+    if fresh:
+        warm_up(vocoder)
     clock = clock_of(optimizer, {"encoder": encoder, "code2wav": vocoder})
     vocoder.train()
+    ear.requires_grad_(False)
     size = CROP * FRAME
-    for _ in clock:
-        real = crops(waves, lengths, numbers, count, size, random)
-        codes, states, pull = quantizer(encoder(real), learn=True)
-        made = speak(vocoder, states)
-        distance = difference(made, real[:, : made.shape[1]])
-        loss = distance + 0.5 * pull
+
+    def learn(_: dict[str, Tensor], plain: bool = False) -> dict[str, Tensor]:
         optimizer.zero_grad(set_to_none=True)
+        real, first, alone = crops(waves, lengths, numbers, count, size, random)
+        exact = encoder(real)
+        codes, states, pull = quantizer(exact, learn=not plain)
+        made = speak(vocoder, exact if plain else states)
+        # The loudness that a recording begins with is its crop's.
+        real = real[:, : made.shape[1]]
+        distance = difference(made, real)
+        low, real_low = lowered(made), lowered(real)
+        bands, heard = compare(ear, low, real_low)
+        # Where a crop begins with a recording, the ear must hear its digit.
+        ends = lengths[first][:, None] // 3 * 2
+        within = torch.arange(low.shape[1], device=device)[None] < ends
+        logits, _ = ear(ear.bands(low * within))
+        named = F.cross_entropy(logits, digits[first], reduction="none")
+        named = (named * alone).sum() / alone.sum().clamp(min=1)
+        loss = distance + 0.5 * pull + BANDS_WEIGHT * bands + HEARD_WEIGHT * heard + NAMED_WEIGHT * named
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
+        values = {"spectral": distance, "pull": pull, "bands": bands, "heard": heard, "named": named}
+        for name, group in (("bits first", 0), ("bits last", quantizer.count - 1)):
+            used = torch.zeros_like(quantizer.used[0])
+            used = used.index_add_(0, codes[:, group].flatten(), torch.ones_like(exact[..., 0]).flatten())
+            shares = used / used.sum()
+            values[name] = -(shares * shares.clamp(min=1e-9).log2()).sum()
+        return values
+
+    step = Step(learn, device, capture)
+    for number in clock:
+        if fresh and number < PLAIN_STEPS:
+            values = learn({}, plain=True)
+        else:
+            if fresh and number == PLAIN_STEPS:
+                start_books(quantizer, encoder, crops(waves, lengths, numbers, 8 * count, size, random)[0])
+            values = step({})
         if clock.tell:
-            entropy = [
-                float(
-                    -(
-                        p := (one := torch.bincount(codes[:, g].flatten(), minlength=quantizer.size).float())
-                        / one.sum()
-                    )[p > 0]
-                    .mul(p[p > 0].log2())
-                    .sum()
-                )
-                for g in (0, quantizer.count - 1)
-            ]
-            clock.say({"spectral": distance, "pull": pull, "bits first": entropy[0], "bits last": entropy[1]})
+            clock.say(values)
     vocoder.eval()
     encoder.eval()
     clock.done()
 
 
-def crops(waves: Tensor, lengths: Tensor, numbers: Tensor, count: int, size: int, random: Any) -> Tensor:
+@torch.no_grad()
+def start_books(quantizer: Quantizer, encoder: Encoder, waves: Tensor, rounds: int = 10) -> None:
+    """Sets the code books to k-means of what the encoder gives, group after group."""
+    left = encoder(waves)
+    left = left.reshape(-1, left.shape[-1]) * quantizer.count
+    for group, book in enumerate(quantizer.books()):
+        centres = left[torch.randperm(len(left), device=left.device)[torch.arange(quantizer.size) % len(left)]]
+        for _ in range(rounds):
+            nearest = torch.cdist(left, centres).argmin(1)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, left)
+            counts = torch.zeros_like(centres[:, 0]).index_add_(0, nearest, torch.ones_like(left[:, 0]))
+            centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)
+        book.copy_(centres)
+        left = left - centres[torch.cdist(left, centres).argmin(1)]
+        quantizer.used[group].fill_(1.0)
+
+
+def crops(
+    waves: Tensor, lengths: Tensor, numbers: Tensor, count: int, size: int, random: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """Windows over recordings that follow one another with short pauses; half of them begin with a recording.
 
     Returns:
-        ``(count, size)``.
+        ``(count, size)``; the first recording of each, ``(count,)``; and whether it begins there and ends inside.
     """
     device = waves.device
     place = torch.arange(size, device=device)[None].expand(count, -1)
@@ -243,7 +310,8 @@ def crops(waves: Tensor, lengths: Tensor, numbers: Tensor, count: int, size: int
         begin = torch.where(
             late, begin + length + pause, -(-(begin + length) // FRAME) * FRAME + pause // FRAME * FRAME
         )
-    return (result * gain).clamp(-1, 1)
+    whole = ~late[:, 0] & (lengths[pick[0]] < size)
+    return (result * gain).clamp(-1, 1), pick[0], whole
 
 
 @torch.no_grad()
@@ -260,6 +328,23 @@ def codes_of(encoder: Encoder, vocoder: Any, data: Data, numbers: Any) -> list[A
         padded = F.pad(waves[numbers[some].to(device)], (0, max(0, longest - waves.shape[1])))[:, :longest]
         codes = quantizer(encoder(padded))[0].cpu()
         result += [one[:, : int(frames[at])].T.numpy().astype(np.uint16) for one, at in zip(codes, some, strict=True)]
+    return result
+
+
+@torch.no_grad()
+def clearness(ear: Ear, vocoder: Any, data: Data, codes: dict[int, Any]) -> dict[int, float]:
+    """How sure the ear is of the digit that recordings say after they went through the codec, by their number."""
+    result: dict[int, float] = {}
+    by_length: dict[int, list[int]] = {}
+    for number, one in codes.items():
+        by_length.setdefault(len(one), []).append(number)
+    for numbers in by_length.values():
+        together = torch.from_numpy(np.stack([codes[number] for number in numbers]).astype(np.int64))
+        waves = vocoder(together.transpose(1, 2).to(vocoder.device))[:, 0].float()
+        waves = F.pad(waves, (0, -waves.shape[1] % 3))
+        sure = ear(ear.bands(lowered(waves)))[0].log_softmax(-1).cpu()
+        for number, one in zip(numbers, sure, strict=True):
+            result[number] = float(one[int(data.wave_digits[number])])
     return result
 
 

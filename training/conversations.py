@@ -212,7 +212,8 @@ class Author:
                 asked = Piece(self.words(2, 6))
             return self.mixed(media, asked), *self.number(digit), task
         if task == "two":
-            makers = [choose((self.picture, self.sound)) for _ in range(2)]
+            # Pictures are learned more slowly.
+            makers = self.random.choices((self.picture, self.sound), (1, 1) if self.test else (3, 2), k=2)
             (one, a), (two, b) = makers[0](), makers[1]()
             phrases, value, kind = choose(
                 ((ADD, a + b, "add"), (LARGER, max(a, b), "larger"), (SMALLER, min(a, b), "smaller"))
@@ -299,7 +300,29 @@ class Author:
         return Row([], self.text[place : place + TEXT_TOKENS].tolist(), plain=True, task="text")
 
 
-def batch(rows: Sequence[Row], end: int, pad: int, speech: Any = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Space:
+    """Shapes of a training batch, the same for all of them.
+
+    Attributes:
+        tokens: of a row.
+        pictures: in all rows together; places that no row needs show more pictures, for the tower alone.
+        sounds: the same.
+    """
+
+    tokens: int
+    pictures: int
+    sounds: int
+
+
+def batch(
+    rows: Sequence[Row],
+    end: int,
+    pad: int,
+    speech: Any = None,
+    space: Space | None = None,
+    more: dict[str, Sequence[Any]] | None = None,
+) -> dict[str, Any]:
     """Rows to tensors.
 
     Args:
@@ -307,20 +330,20 @@ def batch(rows: Sequence[Row], end: int, pad: int, speech: Any = None) -> dict[s
         end: id of the end marker.
         pad: id that fills short rows.
         speech: `training.talker.Script`, which adds what the talker learns.
+        space: the tensors' shapes; without it they are as small as these rows allow.
+        more: pictures and sounds that no row shows, for the rest of the space.
 
     Returns:
         ``ids``, ``labels`` (-100: not learned), ``positions (3, rows, tokens)``; for pictures ``number, rows, columns``
-        and for sounds ``number, speed, start, frames``; ``picture_from``, ``picture_to``: which of the ``16 n`` features
-        goes to which of the flattened tokens, and the same for sounds (``26 n``).
+        and for sounds ``number, speed, start, frames``; ``picture_to (16 n)`` and ``sound_to (26 n)``: to which of the
+        flattened tokens each feature goes; those that go nowhere have ``rows * tokens``.
     """
-    lengths = [sum(len(piece.ids) for piece in row.pieces) + len(row.answer) + (not row.plain) for row in rows]
-    longest = -(-max(lengths) // 8) * 8
+    longest = space.tokens if space else -(-max(map(row_length, rows)) // 8) * 8
     ids = np.full((len(rows), longest), pad)
     labels = np.full((len(rows), longest), -100)
     places = np.zeros((3, len(rows), longest), np.int64)
     plain = np.zeros(len(rows), bool)
     media: dict[str, list[Any]] = {"picture": [], "sound": []}
-    come: dict[str, list[Any]] = {"picture": [], "sound": []}
     go: dict[str, list[Any]] = {"picture": [], "sound": []}
     slots = {"picture": 16, "sound": MOST_FRAMES // CHUNK * CHUNK_TOKENS}
     for number, row in enumerate(rows):
@@ -335,29 +358,40 @@ def batch(rows: Sequence[Row], end: int, pad: int, speech: Any = None) -> dict[s
         place = number * longest
         for piece in row.pieces:
             if piece.kind != "text":
-                base = len(media[piece.kind]) * slots[piece.kind]
                 order = np.arange(len(piece.ids))
                 if piece.kind == "picture":
                     wide = piece.medium.columns // 2
                     order = order // wide * 4 + order % wide
-                come[piece.kind].append(base + order)
-                go[piece.kind].append(place + np.arange(len(piece.ids)))
+                target = np.full(slots[piece.kind], len(rows) * longest)
+                target[order] = place + np.arange(len(piece.ids))
+                go[piece.kind].append(target)
                 media[piece.kind].append(piece.medium)
             place += len(piece.ids)
     result: dict[str, Any] = {
         "ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "positions": torch.from_numpy(places),
         "plain": torch.from_numpy(plain),
     }  # fmt: skip
+    for kind, one in (more or {}).items():
+        media[kind] += one
+        go[kind] += [np.full(slots[kind], len(rows) * longest)] * len(one)
     for kind, names in (("picture", ("number", "rows", "columns")), ("sound", ("number", "speed", "start", "frames"))):
         for name in names:
             values = [getattr(medium, name) for medium in media[kind]]
             result[f"{kind}_{name}"] = torch.tensor(values, dtype=torch.float32 if name == "speed" else torch.int64)
-        for name, parts in (("from", come[kind]), ("to", go[kind])):
-            together = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-            result[f"{kind}_{name}"] = torch.from_numpy(together)
+        together = np.concatenate(go[kind]) if go[kind] else np.zeros(0, np.int64)
+        result[f"{kind}_to"] = torch.from_numpy(together)
     if speech is not None:
-        result |= speech.batch(rows, longest)
+        result |= speech.batch(rows, longest, fixed=space is not None)
     return result
+
+
+def row_length(row: Row) -> int:
+    """Tokens of an example, the end marker included."""
+    return sum(len(piece.ids) for piece in row.pieces) + len(row.answer) + (not row.plain)
+
+
+def count_media(row: Row, kind: str) -> int:
+    return sum(piece.kind == kind for piece in row.pieces)
 
 
 class Batches(torch.utils.data.IterableDataset[Any]):
@@ -367,20 +401,46 @@ class Batches(torch.utils.data.IterableDataset[Any]):
         author: a function from a seed to an `Author`.
         shares: how many rows of each task are in a batch; ``text`` is plain text.
         seed: of the first worker.
-        speech: as in `batch`.
+        speech, space: as in `batch`.
     """
 
-    def __init__(self, author: Any, shares: dict[str, int], seed: int, pad: int, speech: Any = None) -> None:
+    def __init__(
+        self,
+        author: Any,
+        shares: dict[str, int],
+        seed: int,
+        pad: int,
+        speech: Any = None,
+        space: Space | None = None,
+    ) -> None:
         self.author, self.shares, self.seed, self.pad, self.speech = author, shares, seed, pad, speech
+        self.space = space
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         author = self.author(self.seed + (worker.id if worker else 0))
         while True:
-            rows = []
+            rows: list[Row] = []
             for task, count in self.shares.items():
-                rows += [author.plain() if task == "text" else author.conversation(task) for _ in range(count)]
-            yield batch(rows, author.end, self.pad, self.speech)
+                rows += [self._row(author, task) for _ in range(count)]
+            more = {}
+            if self.space:
+                for kind, room in (("picture", self.space.pictures), ("sound", self.space.sounds)):
+                    room -= sum(count_media(row, kind) for row in rows)
+                    # Too many by chance: rows with such media give way to text.
+                    while room < 0:
+                        last = max(number for number, row in enumerate(rows) if count_media(row, kind))
+                        room += count_media(rows[last], kind)
+                        rows[last] = author.plain()
+                    make = author.picture if kind == "picture" else author.sound
+                    more[kind] = [make()[0][1].medium for _ in range(room)]
+            yield batch(rows, author.end, self.pad, self.speech, self.space, more)
+
+    def _row(self, author: Author, task: str) -> Row:
+        while True:
+            row = author.plain() if task == "text" else author.conversation(task)
+            if self.space is None or row_length(row) <= self.space.tokens:
+                return row
 
 
 def loader(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:

@@ -53,6 +53,31 @@ def write(model: Any, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(trained_config(), indent=2) + "\n")
 
 
+def read(model: Any, folder: Path) -> dict[str, Tensor]:
+    """Takes the weights of an earlier result.
+
+    Args:
+        model: the whole model, on the CPU; takes the weights.
+        folder: what a training wrote: the parts and ``helpers.safetensors``.
+
+    Returns:
+        The weights of what is no part of the model (judge, ear and encoder), float32, by name.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import Qwen3OmniMoeForConditionalGeneration
+
+    tensors: dict[str, Tensor] = {}
+    for file in PARTS:
+        tensors |= load_file(folder / file)
+    with tempfile.TemporaryDirectory() as place:
+        save_file(tensors, Path(place) / "model.safetensors", metadata={"format": "pt"})
+        (Path(place) / "config.json").write_text(json.dumps(trained_config()))
+        stock = Qwen3OmniMoeForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
+    model.load_state_dict(stock.state_dict())
+    helpers = load_file(folder / "helpers.safetensors")
+    return {name: value.float() for name, value in helpers.items()}
+
+
 def spread(values: Tensor) -> dict[str, float]:
     """Excess kurtosis and the largest value over the root mean square."""
     values = values.detach().float().flatten()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 PATCH = 16
 SIDE = 8
 """Most patches on a side: pictures up to 128 pixels, the processor's limit for this model."""
-MOST = SIDE * SIDE
 
 
-def draw(digits: Tensor, rows: Tensor, columns: Tensor, vary: bool, random: torch.Generator | None) -> Tensor:
+def draw(
+    digits: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    vary: bool,
+    random: torch.Generator | None,
+    side: int = SIDE * PATCH,
+) -> Tensor:
     """Draws 8 x 8 digits on canvases.
 
     Args:
@@ -23,13 +27,13 @@ def draw(digits: Tensor, rows: Tensor, columns: Tensor, vary: bool, random: torc
         vary: size, place, slant, stroke, contrast, polarity, colour, noise; otherwise white on black, blocky, filling the
             canvas: the 8 x 8 picture scaled up.
         random: of the variation, on the digits' device.
+        side: pixels of the result's sides, at least the largest canvas'.
 
     Returns:
-        ``(n, 3, 128, 128)`` in [0, 1]; what lies outside a canvas is not looked at.
+        ``(n, 3, side, side)`` in [0, 1]; what lies outside a canvas is not looked at.
     """
     count, device = len(digits), digits.device
     height, width = rows.float() * PATCH, columns.float() * PATCH
-    side = SIDE * PATCH
     place = torch.arange(side, device=device) + 0.5
     y, x = torch.meshgrid(place, place, indexing="ij")
     centre_y, centre_x = height / 2, width / 2
@@ -54,6 +58,12 @@ def draw(digits: Tensor, rows: Tensor, columns: Tensor, vary: bool, random: torc
     cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
     v = (cos * down - sin * right) / scale_y[:, None, None]
     u = (sin * down + cos * right) / scale_x[:, None, None] + slant[:, None, None] * v
+    if vary:
+        # Strokes bend a little, as from hand to hand.
+        bend = torch.nn.functional.interpolate(
+            uniform(-1, 1, 2, 4, 4), size=(side, side), mode="bicubic", align_corners=True
+        ) * torch.where(uniform(0, 1, 1, 1, 1) < 0.4, 0.0, uniform(0, 0.6, 1, 1, 1))
+        u, v = u + bend[:, 0], v + bend[:, 1]
     grid = torch.stack([u, v], dim=-1) / 4
     source = digits[:, None]
     blocky = torch.nn.functional.grid_sample(source, grid, mode="nearest", align_corners=False)
@@ -76,26 +86,28 @@ def draw(digits: Tensor, rows: Tensor, columns: Tensor, vary: bool, random: torc
 
 
 def patches(pictures: Tensor) -> Tensor:
-    """``(n, 3, 128, 128)`` in [0, 1] to the image processor's patches, ``(n, 64, 1536)``, in blocks of two by two."""
-    count = len(pictures)
+    """``(n, 3, 128, 128)`` in [0, 1] to the image processor's patches, ``(n, 64, 1536)``, in blocks of two by two.
+
+    Pictures of other sides, multiples of 32 pixels, give ``(side / 16) ** 2`` patches.
+    """
+    count, most = len(pictures), (pictures.shape[-1] // PATCH) ** 2
     values = (pictures * 255).round() / 127.5 - 1
-    half = SIDE // 2
+    half = pictures.shape[-1] // PATCH // 2
     # Channel, block row, row in block, pixel row, block column, column in block, pixel column.
     values = values.view(count, 3, half, 2, PATCH, half, 2, PATCH)
-    values = values.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(count, MOST, 3, 1, PATCH * PATCH)
-    return values.expand(-1, -1, -1, 2, -1).reshape(count, MOST, 3 * 2 * PATCH * PATCH)
+    values = values.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(count, most, 3, 1, PATCH * PATCH)
+    return values.expand(-1, -1, -1, 2, -1).reshape(count, most, 3 * 2 * PATCH * PATCH)
 
 
-def patch_places() -> Tensor:
-    """Row and column of each of the 64 patches in that order, ``(64, 2)``."""
-    half = torch.arange(SIDE // 2)
+def patch_places(side: int = SIDE) -> Tensor:
+    """Row and column of each of the `side` by `side` patches in that order, ``(side ** 2, 2)``."""
+    half = torch.arange(side // 2)
     pair = torch.arange(2)
-    row = (half[:, None, None, None] * 2 + pair[None, None, :, None]).expand(SIDE // 2, SIDE // 2, 2, 2)
-    column = (half[None, :, None, None] * 2 + pair[None, None, None, :]).expand(SIDE // 2, SIDE // 2, 2, 2)
+    row = (half[:, None, None, None] * 2 + pair[None, None, :, None]).expand(side // 2, side // 2, 2, 2)
+    column = (half[None, :, None, None] * 2 + pair[None, None, None, :]).expand(side // 2, side // 2, 2, 2)
     return torch.stack([row.reshape(-1), column.reshape(-1)], dim=-1)
 
 
-def inside(rows: Tensor, columns: Tensor) -> Tensor:
-    """Which of the 64 patches lie on each canvas, ``(n, 64)``."""
-    places: Any = patch_places().to(rows.device)
+def inside(places: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Which of the patches at `places` lie on each canvas, ``(n, 64)``."""
     return (places[None, :, 0] < rows[:, None]) & (places[None, :, 1] < columns[:, None])

@@ -36,7 +36,11 @@ class Clock:
         if state.exists():
             saved = torch.load(state, map_location="cpu", weights_only=True)
             self.step, self._before = saved["step"], saved["seconds"]
+            rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved["optimizer"])
+            # A captured step reads its rate from this very tensor.
+            for group, own in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = own
             for name, module in modules.items():
                 module.load_state_dict(saved[name])
             log(f"{stage}: goes on at step {self.step}, {self._before:.0f} s of {seconds:.0f} s done")
@@ -50,7 +54,10 @@ class Clock:
                 break
             rate = self.rate * min(1.0, (self.step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * share))
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * group.get("scale", 1.0)
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
             if now - saved > SAVE_SECONDS:
                 self._save(self._before + now - begun)
                 saved = time.monotonic()

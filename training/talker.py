@@ -13,12 +13,25 @@ from torch.nn import functional as F
 
 from training.conversations import Piece, Row, positions
 from training.data import VOICES, Data
-from training.thinker import BALANCE, Routers, Senses, autocast, embed, to_device
+from training.steps import Step, rate_of, variation
+from training.thinker import BALANCE, Routers, Senses, autocast, decode, embed, to_device
 
 MOST_SECONDS = 0.85
 """Longer recordings are no targets: they hold hesitation."""
 HEADER = 9
 """Positions between the user's part and the first frame."""
+TAKES = 12
+"""Recordings of each digit that a voice learns from: those in which the ear hears it best through the codec."""
+SLIPS = 0.1
+"""Share of the codes read in training that are wrong: what the talker says itself is not always what it learned."""
+RESIDUAL_WEIGHT = 2.0
+"""Weight of the residual codes' mean beside the first code: there are five of them, and they decide which recording."""
+FIRST_FRAMES, FIRST_WEIGHT = 2, 4.0
+"""Weight of the first frames of each digit."""
+TOKENS = 160
+"""Positions of a row in training."""
+ROW_FRAMES = 24
+"""Frames of a batch in training, for each of its rows."""
 NOTHING_FRAMES = 3
 """Frames of silence for a text that has no digits."""
 
@@ -29,12 +42,15 @@ class Script:
     Args:
         data: whose recordings are repeated.
         codes: of the recordings, by number; each ``(frames, groups)``, the last frame silent.
+        clear: how clearly each of them says its digit, by number.
         quiet: codes of a frame of silence, ``(groups,)``.
         config: of the whole model.
         seed: of voices, recordings and pauses.
     """
 
-    def __init__(self, data: Data, codes: dict[int, Any], quiet: Any, config: Any, seed: int) -> None:
+    def __init__(
+        self, data: Data, codes: dict[int, Any], clear: dict[int, float], quiet: Any, config: Any, seed: int
+    ) -> None:
         self.codes, self.quiet, self.config = codes, quiet, config
         self.random = random.Random(seed)
         self.takes: dict[tuple[str, int], list[int]] = {}
@@ -46,31 +62,57 @@ class Script:
                 numbers = [int(one) for one in np.flatnonzero(same & (lengths < MOST_SECONDS)) if int(one) in codes]
                 if not numbers:
                     raise SystemExit(f"no training recording of {digit} by {speaker}")
-                self.takes[voice, digit] = numbers
+                self.takes[voice, digit] = sorted(numbers, key=lambda one: -clear[one])[:TAKES]
 
     def seeded(self, seed: int) -> None:
         self.random = random.Random(seed)
 
-    def frames(self, voice: str, digits: Sequence[int]) -> Any:
-        """Codes of digits said one after the other, ``(frames, groups)``."""
+    def frames(self, voice: str, digits: Sequence[int]) -> tuple[Any, Any]:
+        """Codes of digits said one after the other, ``(frames, groups)``, and the weight of each frame, ``(frames,)``.
+
+        A digit is decided in its first frames, so these weigh more: what follows is one recording's course.
+        """
         if not digits:
-            return np.tile(self.quiet, (NOTHING_FRAMES, 1))
-        parts = []
+            return np.tile(self.quiet, (NOTHING_FRAMES, 1)), np.ones(NOTHING_FRAMES, np.float32)
+        parts, weights = [], []
         for number, digit in enumerate(digits):
             one = self.codes[self.random.choice(self.takes[voice, digit])]
             parts.append(one if number == len(digits) - 1 or self.random.random() < 0.3 else one[:-1])
-        return np.concatenate(parts)
+            weights.append(np.ones(len(parts[-1]), np.float32))
+            weights[-1][:FIRST_FRAMES] = FIRST_WEIGHT
+        return np.concatenate(parts), np.concatenate(weights)
 
     def batch(
-        self, rows: Sequence[Row], longest: int, voices: Sequence[str] | None = None, empty: bool = False
+        self,
+        rows: Sequence[Row],
+        longest: int,
+        voices: Sequence[str] | None = None,
+        *,
+        empty: bool = False,
+        fixed: bool = False,
     ) -> dict[str, Tensor]:
-        """What the talker reads and learns; see `inputs`. With `empty` without frames, to start generating from."""
+        """What the talker reads and learns; see `inputs`.
+
+        Args:
+            rows: examples.
+            longest: tokens of a row of the thinker's batch.
+            voices: of each row; drawn if not given.
+            empty: without frames, to start generating from.
+            fixed: shapes that depend on the number of rows only: `TOKENS` of a row, `ROW_FRAMES` times the rows frames
+                for the code predictor; what is longer is cut.
+        """
         made = []
         for number, row in enumerate(rows):
             voice = voices[number] if voices else self.random.choice(list(VOICES))
-            frames = np.zeros((0, len(self.quiet)), np.uint16) if empty else self.frames(voice, row.spoken)
-            made.append(self._row(row, number * longest, voice, frames))
-        size = max(one["text"].shape[0] for one in made)
+            nothing = np.zeros((0, len(self.quiet)), np.uint16), np.zeros(0, np.float32)
+            frames, weights = nothing if empty else self.frames(voice, row.spoken)
+            made.append(self._row(row, number * longest, voice, frames, weights))
+        if fixed:
+            made = [
+                {name: one[name][:, :TOKENS] if name == "positions" else one[name][:TOKENS] for name in one}
+                for one in made
+            ]
+        size = TOKENS if fixed else max(one["text"].shape[0] for one in made)
         result = {}
         for name, filler in (
             ("text", self.config["tts_pad_token_id"]),
@@ -79,6 +121,7 @@ class Script:
             ("codes", -1),
             ("next", -1),
             ("label", -100),
+            ("weight", 0),
         ):
             parts = []
             for one in made:
@@ -89,9 +132,17 @@ class Script:
         places = [np.pad(one["positions"], [(0, 0), (0, size - one["positions"].shape[1])]) for one in made]
         result["talk_positions"] = torch.from_numpy(np.stack(places, axis=1))
         result["talk_length"] = torch.tensor([one["text"].shape[0] for one in made])
+        following = result.pop("talk_next").flatten(0, 1)
+        due = (following[:, 0] >= 0).nonzero()[:, 0]
+        if fixed:
+            due = due[: ROW_FRAMES * len(rows)]
+            due = F.pad(due, (0, ROW_FRAMES * len(rows) - len(due)), value=-1)
+        at = due.clamp(min=0)
+        result["talk_due"], result["talk_next"] = at, following[at].clamp(min=0)
+        result["talk_due_weight"] = result["talk_weight"].flatten()[at] * (due >= 0)
         return result
 
-    def _row(self, row: Row, base: int, voice: str, frames: Any) -> dict[str, Any]:
+    def _row(self, row: Row, base: int, voice: str, frames: Any, weights: Any) -> dict[str, Any]:
         config, talker = self.config, self.config["talker_config"]
         text: list[int] = []
         media: list[int] = []
@@ -130,9 +181,12 @@ class Script:
         label = np.full(total, -100)
         label[users + HEADER - 1 : total - 1] = frames[:, 0]
         label[total - 1] = talker["codec_eos_token_id"]
+        weight = np.zeros(total, np.float32)
+        weight[users + HEADER - 1 :] = [*weights, 1.0]
         return {
             "text": np.array(text), "codec": np.array(codec + [-1] * count), "positions": places, "codes": codes,
             "media": np.array(media + [-1] * (total - users)), "next": following, "label": label,
+            "weight": weight,
         }  # fmt: skip
 
 
@@ -145,7 +199,10 @@ def frame_states(talker: Any, codes: Tensor) -> Tensor:
 
 
 def inputs(model: Any, batch: dict[str, Tensor], senses: Senses, variation: Any) -> Tensor:
-    """The talker's input, ``(rows, tokens, hidden)``: text, media as the thinker hears and sees them, codes so far."""
+    """The talker's input, ``(rows, tokens, hidden)``: text, media as the thinker hears and sees them, codes so far.
+
+    With a `variation` media are varied and some codes are wrong.
+    """
     with torch.no_grad():
         hidden = accepted(model, batch, senses, variation)
         words = model.thinker.get_input_embeddings()(batch["talk_text"])
@@ -157,25 +214,19 @@ def inputs(model: Any, batch: dict[str, Tensor], senses: Senses, variation: Any)
     special = talker.get_input_embeddings()(batch["talk_codec"].clamp(min=0))
     states = states + special * (batch["talk_codec"] >= 0)[..., None]
     codes = batch["talk_codes"]
+    if variation is not None:
+        size = model.config.code2wav_config.codebook_size
+        wrong = torch.randint(size, codes.shape, generator=variation, device=codes.device)
+        slips = torch.rand(codes.shape, generator=variation, device=codes.device) < SLIPS
+        codes = torch.where(slips & (codes >= 0), wrong, codes)
     return states + frame_states(talker, codes.clamp(min=0)) * (codes[..., :1] >= 0)
 
 
 def accepted(model: Any, batch: dict[str, Tensor], senses: Senses, variation: Any) -> Tensor:
     """What the thinker's layer says that the talker listens to."""
-    decoder = model.thinker.get_decoder()
-    kept: list[Tensor] = []
-    layer = decoder.layers[model.config.talker_config.accept_hidden_layer - 1]
-    hook = layer.register_forward_hook(
-        lambda _, __, output: kept.append(output[0] if isinstance(output, tuple) else output)
-    )
-    try:
-        states, arguments, _ = embed(model.thinker, senses, batch, variation)
-        decoder(
-            inputs_embeds=states, position_ids=batch["positions"], attention_mask=None, use_cache=False, **arguments
-        )
-    finally:
-        hook.remove()
-    return kept[0]
+    states, deep, _ = embed(model.thinker, senses, batch, variation)
+    layers = model.config.talker_config.accept_hidden_layer
+    return decode(model.thinker.get_decoder(), states, batch["positions"], deep, layers)
 
 
 def predictor_logits(talker: Any, states: Tensor, codes: Tensor) -> Tensor:
@@ -194,45 +245,57 @@ def predictor_logits(talker: Any, states: Tensor, codes: Tensor) -> Tensor:
     tables = predictor.get_input_embeddings()
     for group in range(1, codes.shape[1]):
         parts.append(tables[group - 1](codes[:, group]).to(states.dtype))
-    output = predictor.model(inputs_embeds=torch.stack(parts, dim=1), use_cache=False).last_hidden_state
+    output = torch.stack(parts, dim=1)
+    # As the stock model, but its mask would wait for the device.
+    rotary = predictor.model.rotary_emb(output, torch.arange(output.shape[1], device=output.device)[None])
+    for layer in predictor.model.layers:
+        output = layer(output, attention_mask=None, position_embeddings=rotary)
+    output = predictor.model.norm(output)
     return torch.stack([predictor.lm_head[group](output[:, group + 1]) for group in range(codes.shape[1])], dim=1)
 
 
-def train(model: Any, data: Data, batches: Any, clock_of: Any, seed: int) -> None:
+def train(model: Any, data: Data, batches: Any, clock_of: Any, seed: int, capture: bool = False) -> None:
     """Trains talker and code predictor; arguments as in `training.thinker.train`, batches with a `Script`."""
     from training.architecture import groups
 
     talker = model.talker
     device = talker.device
     senses = Senses(model.thinker, data)
-    optimizer = torch.optim.AdamW(groups(talker, 0.05), betas=(0.9, 0.98), fused=device.type == "cuda")
-    variation = torch.Generator(device).manual_seed(seed)
+    model.thinker.requires_grad_(False)
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        groups(talker, 0.05), lr=rate_of(device, 1e-3), betas=(0.9, 0.98), fused=cuda, capturable=cuda
+    )
+    random = variation(device, seed)
     routers = Routers(talker.model, talker.config.text_config.num_experts_per_tok)
     clock = clock_of(optimizer, {"talker": talker})
     talker.train()
-    for _ in clock:
-        batch = to_device(next(batches), device)
-        with autocast(device):
-            states = inputs(model, batch, senses, variation)
-            output = talker.model(
-                inputs_embeds=states, position_ids=batch["talk_positions"], attention_mask=None, use_cache=False
-            ).last_hidden_state
-            label = batch["talk_label"]
-            learned = label != -100
-            logits = talker.codec_head(output[learned])
-            due = batch["talk_next"][..., 0] >= 0
-            codes = batch["talk_next"][due]
-            rest = predictor_logits(talker, output[due], codes[:, :-1])
-        first = F.cross_entropy(logits.float(), label[learned])
-        residual = F.cross_entropy(rest.float().flatten(0, 1), codes[:, 1:].flatten())
-        balance = routers.loss()
-        loss = first + residual + BALANCE * balance
+
+    def learn(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         optimizer.zero_grad(set_to_none=True)
+        codes, weight = batch["talk_next"], batch["talk_due_weight"]
+        with autocast(device):
+            states = inputs(model, batch, senses, random)
+            output = decode(talker.model, states, batch["talk_positions"])
+            logits = talker.codec_head(output)
+            rest = predictor_logits(talker, output.flatten(0, 1)[batch["talk_due"]], codes[:, :-1])
+        losses = F.cross_entropy(logits.float().flatten(0, 1), batch["talk_label"].flatten(), reduction="none")
+        first_weight = batch["talk_weight"].flatten()
+        first = (losses * first_weight).sum() / first_weight.sum()
+        losses = F.cross_entropy(rest.float().flatten(0, 1), codes[:, 1:].flatten(), reduction="none")
+        residual = (losses.view(len(codes), -1).mean(1) * weight).sum() / weight.sum()
+        balance = routers.loss()
+        loss = first + RESIDUAL_WEIGHT * residual + BALANCE * balance
         loss.backward()
         nn.utils.clip_grad_norm_(talker.parameters(), 1.0)
         optimizer.step()
+        return {"first codes": first, "residual codes": residual, "balance": balance}
+
+    step = Step(learn, device, capture)
+    for _ in clock:
+        values = step(next(batches))
         if clock.tell:
-            clock.say({"first codes": first, "residual codes": residual, "balance": balance})
+            clock.say(values)
     for hook in routers.hooks:
         hook.remove()
     talker.eval()
@@ -295,10 +358,8 @@ def say(
         banned[eos] = False
         seen = torch.zeros(count, vocabulary, dtype=torch.bool, device=device)
         for frame in range(most):
-            output = talker.model(
-                inputs_embeds=states[:, : int(length.max()) + frame], position_ids=spots[:, :, : int(length.max()) + frame],
-                attention_mask=None, use_cache=False,
-            ).last_hidden_state[rows, length - 1 + frame]  # fmt: skip
+            now = int(length.max()) + frame
+            output = decode(talker.model, states[:, :now], spots[:, :, :now])[rows, length - 1 + frame]
             logits = talker.codec_head(output).float()
             logits = torch.where(seen, torch.where(logits > 0, logits / 1.05, logits * 1.05), logits)
             first = draw(logits.masked_fill(banned, -torch.inf), random, temperature=0.9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +14,17 @@ from torch.nn import functional as F
 from training.data import Data
 from training.pictures import draw, patches
 from training.sounds import HEARING, HOP, MOST_FRAMES, bank, log_mel, mel_filters, vary
+from training.steps import Step, rate_of, variation
 from training.towers import Sight, hear, tower_of
 
 BALANCE = 0.01
 """Weight of the routers' balance."""
 TEXT_WEIGHT = 0.5
-"""Weight of plain text and of continuations beside the tasks."""
+"""Weight of plain text beside the tasks."""
+MEDIA_WEIGHT = 0.3
+"""Weight of the digit read from a tower's features alone: most pictures and recordings of a batch are in no row."""
+WHOLE = 6.0
+"""So many tokens of an answer count in full; a longer answer counts as much as these."""
 
 
 class Senses:
@@ -58,31 +64,55 @@ class Senses:
 
 def embed(
     thinker: Any, senses: Senses, batch: dict[str, Tensor], random: torch.Generator | None
-) -> tuple[Tensor, dict[str, Any], dict[str, Tensor]]:
+) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """Tokens and media to the decoder's input.
 
     Returns:
-        Embeddings ``(rows, tokens, hidden)``, the decoder's keyword arguments, pooled features of the media.
+        Embeddings ``(rows, tokens, hidden)``, what the deepstack adds, pooled features of the media.
     """
     states = thinker.get_input_embeddings()(batch["ids"])
-    flat = states.reshape(-1, states.shape[-1])
-    arguments: dict[str, Any] = {}
+    rows, tokens, width = states.shape
+    # One more token, which nothing reads: there goes what no row shows.
+    flat = F.pad(states.reshape(-1, width), (0, 0, 0, 1))
+    deep: list[Tensor] = []
     pooled: dict[str, Tensor] = {}
     if len(batch["sound_number"]):
         features, valid = senses.hear(batch, random)
-        chosen = features.reshape(-1, features.shape[-1])[batch["sound_from"]]
-        flat = flat.index_copy(0, batch["sound_to"], chosen.to(flat.dtype))
+        flat = flat.index_copy(0, batch["sound_to"], features.reshape(-1, width).to(flat.dtype))
         pooled["sound"] = (features * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
     if len(batch["picture_number"]):
-        features, deep, valid = senses.see(batch, random)
-        chosen = features.reshape(-1, features.shape[-1])[batch["picture_from"]]
-        flat = flat.index_copy(0, batch["picture_to"], chosen.to(flat.dtype))
+        features, levels, valid = senses.see(batch, random)
+        flat = flat.index_copy(0, batch["picture_to"], features.reshape(-1, width).to(flat.dtype))
         pooled["picture"] = (features * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
-        mask = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
-        mask[batch["picture_to"]] = True
-        arguments["visual_pos_masks"] = mask.view(states.shape[:2])
-        arguments["deepstack_visual_embeds"] = [one.reshape(-1, one.shape[-1])[batch["picture_from"]] for one in deep]
-    return flat.view(states.shape), arguments, pooled
+        for one in levels:
+            level = torch.zeros_like(flat).index_copy(0, batch["picture_to"], one.reshape(-1, width).to(flat.dtype))
+            deep.append(level[:-1].view(rows, tokens, width))
+    return flat[:-1].view(rows, tokens, width), deep, pooled
+
+
+def decode(
+    decoder: Any, states: Tensor, places: Tensor, deep: Sequence[Tensor] = (), layers: int | None = None
+) -> Tensor:
+    """The stock text decoder on rows of one length, without anything that waits for the device.
+
+    Args:
+        decoder: ``Qwen3OmniMoeThinkerTextModel`` or the talker's.
+        states: ``(rows, tokens, hidden)``.
+        places: of every token, ``(3, rows, tokens)``.
+        deep: what the deepstack adds behind the first layers, each as `states`, zero where there is no picture.
+        layers: stop behind so many, without the last norm.
+
+    Returns:
+        As `states`.
+    """
+    rotary = decoder.rotary_emb(states, places)
+    for number, layer in enumerate(decoder.layers):
+        states = layer(states, attention_mask=None, position_embeddings=rotary)
+        if number + 1 == layers:
+            return states
+        if number < len(deep):
+            states = states + deep[number]
+    return decoder.norm(states)
 
 
 def read(
@@ -92,11 +122,8 @@ def read(
 
     Rows are padded on the right under a causal mask, so no token sees padding.
     """
-    states, arguments, pooled = embed(thinker, senses, batch, random)
-    output = thinker.get_decoder()(
-        inputs_embeds=states, position_ids=batch["positions"], attention_mask=None, use_cache=False, **arguments
-    )
-    return output.last_hidden_state, pooled
+    states, deep, pooled = embed(thinker, senses, batch, random)
+    return decode(thinker.get_decoder(), states, batch["positions"], deep), pooled
 
 
 class Routers:
@@ -139,15 +166,16 @@ class Heads(nn.Module):
         self.picture, self.sound = nn.Linear(width, 10), nn.Linear(width, 10)
 
 
-def train(model: Any, data: Data, batches: Any, clock_of: Any, seed: int) -> None:
+def train(model: Any, data: Data, batches: Any, clock_of: Any, seed: int, capture: bool = False) -> None:
     """Trains the thinker.
 
     Args:
         model: the whole model; only its thinker changes.
         data: for media and their digits.
-        batches: endless batches of conversations.
+        batches: endless batches of conversations, all of the same shapes if `capture`.
         clock_of: a function from ``(optimizer, modules)`` to a `Clock`.
         seed: of the variation of media.
+        capture: as for `training.steps.Step`.
     """
     from training.architecture import groups
 
@@ -156,8 +184,11 @@ def train(model: Any, data: Data, batches: Any, clock_of: Any, seed: int) -> Non
     senses = Senses(thinker, data)
     heads = Heads(thinker.config.text_config.hidden_size).to(device)
     everything = nn.ModuleDict({"thinker": thinker, "heads": heads})
-    optimizer = torch.optim.AdamW(groups(everything, 0.05), betas=(0.9, 0.98), eps=1e-8, fused=device.type == "cuda")
-    random = torch.Generator(device).manual_seed(seed)
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        groups(everything, 0.05), lr=rate_of(device, 1e-3), betas=(0.9, 0.98), fused=cuda, capturable=cuda
+    )
+    random = variation(device, seed)
     routers = Routers(thinker.get_decoder(), thinker.config.text_config.num_experts_per_tok)
     digits = {
         "picture": torch.from_numpy(data.picture_digits).to(device),
@@ -165,35 +196,37 @@ def train(model: Any, data: Data, batches: Any, clock_of: Any, seed: int) -> Non
     }
     clock = clock_of(optimizer, {"thinker": thinker, "heads": heads})
     thinker.train()
-    for _ in clock:
-        batch = to_device(next(batches), device)
+
+    def learn(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
         with autocast(device):
             states, pooled = read(thinker, senses, batch, random)
-            labels = batch["labels"][:, 1:]
-            learned = labels != -100
-            logits = thinker.lm_head(states[:, :-1][learned])
-        losses = F.cross_entropy(logits.float(), labels[learned], reduction="none")
+            logits = thinker.lm_head(states[:, :-1])
+        labels = batch["labels"][:, 1:]
+        learned = labels != -100
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
         # A continuation's many tokens must not outweigh the one token that names a digit.
-        counts = learned.sum(1, keepdim=True).expand(-1, learned.shape[1])[learned]
-        weight = (3.0 / counts).clamp(max=1.0)
-        plain = batch["plain"][:, None].expand_as(learned)[learned]
+        weight = (WHOLE / learned.sum(1, keepdim=True).clamp(min=1)).clamp(max=1.0) * learned
+        plain = batch["plain"][:, None]
         task = (losses * weight * ~plain).sum() / (weight * ~plain).sum()
-        text = (losses * plain).sum() / plain.sum().clamp(min=1)
+        text = (losses * plain).sum() / (learned & plain).sum().clamp(min=1)
         balance = routers.loss()
-        help_ = sum(
-            (
-                F.cross_entropy(getattr(heads, kind)(one.float()), digits[kind][batch[f"{kind}_number"]])
-                for kind, one in pooled.items()
-            ),
-            torch.zeros((), device=device),
-        )
-        loss = task + TEXT_WEIGHT * text + BALANCE * balance + 0.2 * help_
-        optimizer.zero_grad(set_to_none=True)
+        media = {
+            kind: F.cross_entropy(getattr(heads, kind)(one.float()), digits[kind][batch[f"{kind}_number"]])
+            for kind, one in pooled.items()
+        }
+        helped: Any = sum(media.values())
+        loss = task + TEXT_WEIGHT * text + BALANCE * balance + MEDIA_WEIGHT * helped
         loss.backward()
         nn.utils.clip_grad_norm_(everything.parameters(), 1.0)
         optimizer.step()
+        return {"task": task, "text": text, "balance": balance, **media}
+
+    step = Step(learn, device, capture)
+    for _ in clock:
+        values = step(next(batches))
         if clock.tell:
-            clock.say({"task": task, "text": text, "balance": balance, "media": help_})
+            clock.say(values)
     for hook in routers.hooks:
         hook.remove()
     thinker.eval()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.pictures import MOST, inside, patch_places
+from training.pictures import SIDE, inside, patch_places
 
 CHUNK = 100
 """Mel frames that the audio tower's convolutions see at once."""
@@ -69,12 +69,13 @@ class Sight:
 
     Args:
         tower: ``Qwen3OmniMoeVisionEncoder``.
+        side: patches on each side of the canvas, even. Shapes below are those of 8.
     """
 
-    def __init__(self, tower: Any) -> None:
-        self.tower = tower
+    def __init__(self, tower: Any, side: int = SIDE) -> None:
+        self.tower, self.most = tower, side * side
         device = tower.pos_embed.weight.device
-        places = patch_places().to(device)
+        places = patch_places(side).to(device)
         self.grid = tower.num_grid_per_side
         position = places.float()
         frequencies = tower.rotary_pos_emb.inv_freq.float().to(device)
@@ -109,25 +110,29 @@ class Sight:
             Features ``(n, 16, width)``, those of the deepstack layers, and which are valid, ``(n, 16)``.
         """
         tower, count = self.tower, len(patches)
-        valid = inside(rows, columns)
-        states = tower.patch_embed(patches.reshape(count * MOST, -1)).view(count, MOST, -1)
+        valid = inside(self.places, rows, columns)
+        # Kernel and stride of the convolution are the patch: a matrix product, without a convolution's set-up.
+        filters = tower.patch_embed.proj
+        states = F.linear(patches, filters.weight.flatten(1), filters.bias)
         states = states + self._positions(rows, columns).to(states.dtype)
         mask = valid[:, None, None]
         deep = []
         for number, block in enumerate(tower.blocks):
             attention = block.attn
             query, key, value = (
-                attention.qkv(block.norm1(states)).view(count, MOST, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+                attention.qkv(block.norm1(states))
+                .view(count, self.most, 3, attention.num_heads, -1)
+                .permute(2, 0, 3, 1, 4)
             )
             query, key = self._turned(query), self._turned(key)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            states = states + attention.proj(mixed.transpose(1, 2).reshape(count, MOST, -1))
+            states = states + attention.proj(mixed.transpose(1, 2).reshape(count, self.most, -1))
             states = states + block.mlp(block.norm2(states))
             if number in tower.deepstack_visual_indexes:
                 merger = tower.merger_list[tower.deepstack_visual_indexes.index(number)]
-                deep.append(merger(states.reshape(count * MOST, -1)).view(count, MOST // 4, -1))
-        merged = tower.merger(states.reshape(count * MOST, -1)).view(count, MOST // 4, -1)
-        return merged, deep, valid.view(count, MOST // 4, 4)[..., 0]
+                deep.append(merger(states.reshape(count * self.most, -1)).view(count, self.most // 4, -1))
+        merged = tower.merger(states.reshape(count * self.most, -1)).view(count, self.most // 4, -1)
+        return merged, deep, valid.view(count, self.most // 4, 4)[..., 0]
 
     def _turned(self, states: Tensor) -> Tensor:
         half = states.shape[-1] // 2

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from omnifp4.runtime.import_hook import install
 
 if TYPE_CHECKING:
-    from omnifp4.api import bench, convert, evaluate, plan, quantize, repair, sensitivity, verify
+    from omnifp4.api import bench, calibrate, convert, dataset, evaluate, plan, quantize, repair, sensitivity, verify
     from omnifp4.chat import OmniChat
     from omnifp4.errors import OmniFP4Error
     from omnifp4.report.writing import write_report
@@ -21,7 +21,9 @@ __all__ = [
     "OmniChat",
     "OmniFP4Error",
     "bench",
+    "calibrate",
     "convert",
+    "dataset",
     "evaluate",
     "load",
     "plan",

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from omnifp4.calibration.statistics import Statistics
     from omnifp4.checkpoint.folder import Checkpoint
     from omnifp4.receipt.bench import BenchReceipt
+    from omnifp4.receipt.calibration import CalibrationReceipt, SetReceipt
     from omnifp4.receipt.conversion import ConversionReceipt
     from omnifp4.receipt.evaluation import EvaluationReceipt
     from omnifp4.receipt.plan import PlanReceipt
@@ -30,6 +32,9 @@ def plan(
     components: Iterable[str] = (),
     format: str = "modelopt",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    effective_bits: float | None = None,
+    counted: str | None = None,
+    statistics: str | Path | None = None,
     revision: str | None = None,
 ) -> PlanReceipt:
     """Tell what `quantize` with the same arguments would do. Reads headers only, also of a Hub id.
@@ -37,11 +42,14 @@ def plan(
     Args:
         model: a checkpoint folder or a Hub id.
         out: where the artifact would be made, for the free disk space there.
-        recipe: name of a recipe, see `omnifp4.quantization.recipe`.
+        recipe: name of a recipe, see `omnifp4.quantization.recipe`, or a .json file that holds one.
         rule: scale rule, if not the recipe's.
-        components: overrides such as ``"talker.attention=nvfp4"``.
+        components: overrides such as ``"talker.attention=fp8"``; schemes are those of `Scheme`.
         format: ``"modelopt"``, ``"compressed-tensors"`` or ``"fake-quant"``.
         max_shard_bytes: largest shard file.
+        effective_bits, counted: budget of a recipe that has one, and whether bits are counted as ``"stored"`` or
+            ``"read"`` per token.
+        statistics: a statistics file, for a recipe with a budget: which layers get what is then exact.
         revision: of a Hub id.
 
     Raises:
@@ -49,15 +57,17 @@ def plan(
     """
     from omnifp4.quantization.decisions import find_format
     from omnifp4.quantization.plan import plan_job, plan_receipt
-    from omnifp4.quantization.recipe import find_rule, parse_overrides
+    from omnifp4.quantization.recipe import find_recipe, parse_overrides
 
+    chosen = find_recipe(recipe).with_rule(rule).with_budget(effective_bits, counted)
+    checkpoint = _headers(str(model), revision)
     job = plan_job(
-        _headers(str(model), revision),
-        recipe=recipe,
-        rule=find_rule(rule) if rule else None,
+        checkpoint,
+        recipe=chosen,
         overrides=parse_overrides(components),
         output_format=find_format(format),
         max_shard_bytes=max_shard_bytes,
+        statistics=_statistics(statistics, checkpoint),
     )
     return plan_receipt(job, Path(out) if out is not None else None)
 
@@ -71,6 +81,11 @@ def quantize(
     components: Iterable[str] = (),
     format: str = "modelopt",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    effective_bits: float | None = None,
+    counted: str | None = None,
+    statistics: str | Path | None = None,
+    data: str | Path | None = None,
+    device: str = "auto",
     resume: bool = False,
     threads: int | None = None,
     check: bool = True,
@@ -82,6 +97,10 @@ def quantize(
     Args:
         model: a checkpoint folder, or a Hub id, which is downloaded first.
         out: must not exist; it appears only when it is whole.
+        statistics: what ``omnifp4 calibrate`` wrote, for a recipe that looks at inputs.
+        data: a calibration set (a folder that ``omnifp4 dataset`` made, a JSONL file, or ``"bundled"``) that is run
+            through the model beside the work, for a recipe that needs more than a file can hold.
+        device: of that run.
         resume: go on with what an interrupted run left in ``OUT.partial``.
         threads: worker threads; one per core if not given.
         check: prove the artifact from its files (`verify`) before `out` appears.
@@ -100,14 +119,15 @@ def quantize(
     from omnifp4.errors import ProofError
     from omnifp4.quantization.decisions import Job, find_format
     from omnifp4.quantization.plan import plan_job
-    from omnifp4.quantization.recipe import find_recipe, find_rule, parse_overrides
-    from omnifp4.quantization.run import run_job
+    from omnifp4.quantization.recipe import find_recipe, parse_overrides
+    from omnifp4.quantization.run import default_threads, run_job
+    from omnifp4.quantization.visiting import Calibration, check_calibration
     from omnifp4.receipt.base import Verdict
     from omnifp4.verification import verify
 
     out = Path(out)
     overrides, output_format = parse_overrides(components), find_format(format)
-    scale_rule = find_rule(rule) if rule else find_recipe(recipe).rule
+    chosen = find_recipe(recipe).with_rule(rule).with_budget(effective_bits, counted)
     refuse_existing(out)
 
     def prove(folder: Path) -> None:
@@ -125,24 +145,38 @@ def quantize(
                 hint=f"omnifp4 verify {folder} shows the findings; please report this",
             )
 
-    def job_of(checkpoint: Checkpoint) -> Job:
+    def job_of(checkpoint: Checkpoint, known: Statistics | None) -> Job:
         return plan_job(
             checkpoint,
-            recipe=recipe,
-            rule=scale_rule,
+            recipe=chosen,
             overrides=overrides,
             output_format=output_format,
             max_shard_bytes=max_shard_bytes,
+            statistics=known,
+            threads=threads or default_threads(),
+            progress=progress,
         )
 
     if is_hub_id(str(model)):
         # What headers tell is told before tens of gigabytes are fetched.
-        check_free_space(job_of(fetch_headers(str(model), revision)).output, out, None)
+        planned = job_of(fetch_headers(str(model), revision), None)
+        check_calibration(planned, Calibration(_statistics(statistics, None), data, device))
+        check_free_space(planned.output, out, None)
         folder = fetch_model(str(model), revision)
     else:
         folder = Path(model).expanduser()
-    job = job_of(open_checkpoint(folder))
-    return run_job(job, out, resume=resume, threads=threads, progress=progress, prove=prove if check else None)
+    checkpoint = open_checkpoint(folder)
+    calibration = Calibration(_statistics(statistics, checkpoint), data, device)
+    job = job_of(checkpoint, calibration.statistics)
+    return run_job(
+        job,
+        out,
+        resume=resume,
+        threads=threads,
+        progress=progress,
+        prove=prove if check else None,
+        calibration=calibration,
+    )
 
 
 def verify(
@@ -174,6 +208,7 @@ def sensitivity(
     data: str | Path = "bundled",
     samples: int | None = 2,
     alone: bool = True,
+    experts: bool = False,
     device: str = "auto",
     dtype: str = "bfloat16",
     cache: str | Path | None = None,
@@ -189,6 +224,7 @@ def sensitivity(
         samples: use only the first so many of each task and modality; None uses all.
         alone: run the model once with each component and each layer alone in FP4, both models in memory; False leaves
             it at errors of weights and outputs, which need two layers in memory.
+        experts: run the model once for each expert too; thousands of times on a large model.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` …
         dtype: ``"bfloat16"`` or ``"float32"``.
         cache: folder in which an interrupted run goes on; the user's cache folder if not given.
@@ -202,7 +238,7 @@ def sensitivity(
     from omnifp4.evaluation import SensitivitySettings, default_cache, run_sensitivity
 
     kept = Path(cache) if cache is not None else default_cache()
-    settings = SensitivitySettings(data, samples, alone, device, dtype, kept, seed)
+    settings = SensitivitySettings(data, samples, alone, device, dtype, kept, seed, experts)
     return run_sensitivity(local_folder(str(artifact)), local_folder(str(against)), settings, progress)
 
 
@@ -388,9 +424,117 @@ def evaluate(
     return run_evaluation(local_folder(str(model)), local_folder(str(against)), settings, progress)
 
 
+def dataset(
+    out: str | Path,
+    *,
+    source: str | Path = "bundled",
+    samples: int | None = None,
+    modalities: Iterable[str] = (),
+    model: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SetReceipt:
+    """Make a calibration set: conversations with their media in the new folder `out`.
+
+    Args:
+        out: must not exist; it appears only when it is whole.
+        source: ``"bundled"``, or a JSONL file of conversations as `evaluate` takes it.
+        samples: how many, evenly over modalities; 60 if not given, or all where a file has fewer.
+        modalities: only these of ``text``, ``image``, ``audio``, ``video``, ``mixed``; all if none is given.
+        model: whose processor checks every conversation and counts tokens; the bundled tiny model's if not given.
+        seed: of the choice.
+        progress: called with conversations read, conversations in all, and the name.
+
+    Raises:
+        OmniFP4Error: the source is not right, or a conversation cannot be read.
+    """
+    from omnifp4.calibration.conversations import make_set
+    from omnifp4.calibration.encoding import bundled_reader, open_reader
+    from omnifp4.checkpoint.folder import open_checkpoint
+    from omnifp4.checkpoint.staging import refuse_existing
+
+    refuse_existing(Path(out))
+    reader = bundled_reader() if model is None else open_reader(open_checkpoint(Path(model).expanduser()))
+    return make_set(
+        Path(out),
+        source=source,
+        samples=samples,
+        modalities=tuple(modalities),
+        seed=seed,
+        reader=reader,
+        progress=progress or (lambda *_: None),
+    )
+
+
+def calibrate(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path = "bundled",
+    samples: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "bfloat16",
+    max_failed: float = 0.05,
+    least_tokens: int = 64,
+    all_expert_tokens: int = 2048,
+    block_hessians: bool = True,
+    speech: bool | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> CalibrationReceipt:
+    """Collect statistics of what every linear and expert reads, layer by layer from disk, in the new file `out`.
+
+    Args:
+        model: a wide checkpoint's folder, or a Hub id, which is downloaded first.
+        out: must not exist; it appears only when it is whole.
+        data: what `dataset` made, a JSONL file, or ``"bundled"``.
+        samples: only so many of it, evenly over modalities.
+        seed: of that choice.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` …
+        dtype: ``"bfloat16"`` or ``"float32"``.
+        max_failed: share of samples that may fail.
+        least_tokens: an expert with fewer routed tokens takes the all-expert statistics.
+        all_expert_tokens: that every expert gets beside its own; 0 leaves it at its own.
+        block_hessians: collect products within blocks of 16 inputs.
+        speech: capture talker and code predictor; None: where the talker fits into memory.
+        resume: go on with what an interrupted run left in ``OUT.partial``.
+        progress: called with work done, work in all, and what it is.
+
+    Raises:
+        OmniFP4Error: anything about arguments, model, set or disk that is not right.
+        CalibrationFailed: too many samples failed; nothing is written.
+    """
+    from omnifp4.calibration.capture import CaptureSettings, run_capture
+    from omnifp4.checkpoint.hub import local_folder
+
+    settings = CaptureSettings(
+        samples=samples,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        max_failed=max_failed,
+        least_tokens=least_tokens,
+        all_expert_tokens=all_expert_tokens,
+        block_hessians=block_hessians,
+        speech=speech,
+        resume=resume,
+    )
+    return run_capture(local_folder(str(model)), Path(out), data, settings, progress or (lambda *_: None))
+
+
 def _headers(model: str, revision: str | None) -> Checkpoint:
     """Config and headers of a local folder, or of a Hub id without its weights."""
     from omnifp4.checkpoint.folder import open_checkpoint
     from omnifp4.checkpoint.hub import fetch_headers, is_hub_id
 
     return fetch_headers(model, revision) if is_hub_id(model) else open_checkpoint(Path(model).expanduser())
+
+
+def _statistics(path: str | Path | None, checkpoint: Checkpoint | None) -> Statistics | None:
+    """The open file, checked against the model where that is at hand; torch is imported only if there is one."""
+    if path is None:
+        return None
+    from omnifp4.calibration.statistics import open_statistics
+
+    return open_statistics(path, checkpoint)

@@ -19,7 +19,7 @@ from server_stand_in import EACH_S, FIRST_S, SOUND_SECONDS, Behaviour, serving
 from omnifp4.benchmark.server import Arrivals, Kind, TraceOptions, bench_server, parse_mix, server_load_text
 from omnifp4.benchmark.server.client import parse_server
 from omnifp4.benchmark.server.figures import spread
-from omnifp4.benchmark.server.samples import picture_sample, sound_sample
+from omnifp4.benchmark.server.samples import picture_sample, sound_sample, video_sample
 from omnifp4.benchmark.server.trace import plan_trace
 from omnifp4.errors import OmniFP4Error
 from omnifp4.receipt.server_load import ServerLoadReceipt
@@ -85,6 +85,20 @@ def test_every_kind_is_sent_as_openai_has_it() -> None:
     sound = next(part["input_audio"] for part in parts if part["type"] == "input_audio")
     with wave.open(io.BytesIO(base64.b64decode(sound["data"]))) as file:
         assert (sound["format"], file.getframerate(), file.getnframes()) == ("wav", 16_000, 16_000)
+
+
+def test_videos_are_read_and_differ() -> None:
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    made = []
+    for seed in (0, 0, 1):
+        with av.open(io.BytesIO(video_sample(seed, seconds=1.5))) as container:
+            (stream,) = container.streams
+            assert (stream.codec_context.name, stream.average_rate, stream.frames) == ("mjpeg", 4, 6)
+            made.append(b"".join(frame.to_ndarray(format="gray").tobytes() for frame in container.decode(stream)))
+    assert made[0] == made[1] != made[2]
+    assert len(made[0]) == 6 * 96 * 64
+    # It moves: not all pictures are alike.
+    assert len({made[0][begin : begin + 96 * 64] for begin in range(0, len(made[0]), 96 * 64)}) > 1
 
 
 def test_samples_are_pictures_and_differ() -> None:

@@ -168,11 +168,7 @@ def test_a_template_that_drops_text_or_roles_is_refused(new_chat: Callable[..., 
     messages = normalise("Hello dragon")
 
     def with_template(text: str) -> Any:
-        class Changed(SimpleNamespace):
-            def __call__(self, **arguments: Any) -> Any:
-                return chat.processor(**arguments)
-
-        return Changed(apply_chat_template=lambda *_, **__: text)
+        return SimpleNamespace(apply_chat_template=lambda *_, **__: text, tokenizer=chat.processor.tokenizer)
 
     with pytest.raises(ChatError, match="drops text"):
         prompt_text(with_template("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"), messages)

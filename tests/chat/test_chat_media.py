@@ -108,6 +108,28 @@ def test_audio_through_av(tmp_path: Path) -> None:
     assert abs(len(samples) - made.SECOND) < 2000 and samples.std() > 0.2
 
 
+def test_audio_that_costs_more_than_it_is_worth() -> None:
+    """Many channels are mixed in small blocks; rates that nobody records at, and what takes too long, are refused."""
+    import io
+    import tracemalloc
+
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros((made.SECOND, 1024), np.int16), made.SECOND, format="WAV", subtype="PCM_U8")
+    tracemalloc.start()
+    assert len(load("audio", file.getvalue())) == made.SECOND
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40_000_000, "the file's own 16 MB twice, and no float32 of all channels"
+    for rate in (999, 768_001):
+        with pytest.raises(MediaError, match=f"sampling rate of {rate} .allowed: 1,000 to 768,000 a second"):
+            load("audio", made.wav_bytes(0.5, rate))
+    for kind, data in (("audio", made.wav_bytes(1.0)), ("audio", made.wav_bytes(1.0, form="AIFF"))):
+        with pytest.raises(MediaError, match="takes more than 0 s to decode"):
+            load(kind, data, MediaRules(max_decode_seconds=0))
+
+
 def test_audio_arrays() -> None:
     wave = made.tone()
     assert (load("audio", wave) == wave).all()

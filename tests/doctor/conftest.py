@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_omni(tmp_path_factory.mktemp("doctor") / "tiny")
+    return write_tiny_omni(tmp_path_factory.mktemp("doctor") / "tiny", random_weights=True)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from omnifp4.evaluation import distributions  # noqa: E402
 from omnifp4.evaluation.distributions import Scores, compare, summarise  # noqa: E402
 from omnifp4.evaluation.gates import Limits, judge  # noqa: E402
 from omnifp4.evaluation.results import divergence  # noqa: E402
-from omnifp4.evaluation.statistics import mean_estimate, ratio_estimate  # noqa: E402
+from omnifp4.evaluation.statistics import paired_share_difference, ratio_estimate  # noqa: E402
 
 
 def logits(seed: int, positions: int = 40, vocabulary: int = 300) -> Any:
@@ -94,9 +94,31 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
 
 def test_intervals_are_seeded() -> None:
-    values = np.random.default_rng(0).normal(size=50)
-    assert mean_estimate(values, seed=1) == mean_estimate(values, seed=1)
-    assert mean_estimate(values, seed=1) != mean_estimate(values, seed=2)
+    values, ones = np.random.default_rng(0).normal(size=50), np.ones(50)
+    assert ratio_estimate(values, ones, seed=1) == ratio_estimate(values, ones, seed=1)
+    assert ratio_estimate(values, ones, seed=1) != ratio_estimate(values, ones, seed=2)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0.0, 0.0), (0.03, 0.01), (0.2, 0.1)])
+def test_intervals_of_changed_answers_cover_the_truth(lost: float, gained: float) -> None:
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(500):
+        drawn = random.random(100)
+        before = drawn >= gained
+        after = (drawn < gained) | (drawn >= gained + lost)
+        estimate = paired_share_difference(before, after)
+        assert estimate.value == pytest.approx(after.mean() - before.mean())
+        covered += estimate.low <= gained - lost <= estimate.high
+    assert covered / 500 > 0.93
+
+
+def test_a_few_unchanged_answers_prove_little() -> None:
+    """Twenty answers that stay right leave room for some points lost; three hundred for less than one."""
+    few, many = (paired_share_difference(np.ones(count, bool), np.ones(count, bool)) for count in (20, 300))
+    assert few.value == many.value == 0
+    assert few.low < -0.1
+    assert -0.01 < many.low < 0
 
 
 def scores(kl: float, right: bool) -> Scores:
@@ -119,7 +141,11 @@ def test_gates_meet_the_worst_figure() -> None:
     (failed,) = judge(Limits(max_kl=0.2), both, [], None)
     assert (failed.verdict, failed.option) == (Verdict.FAIL, "--max-kl")
     assert judge(Limits(), both, [], None) == ()
-    with pytest.raises(OmniFP4Error, match="--min-accuracy has nothing to judge"):
-        judge(Limits(min_accuracy=0.9), both, [], None)
+    with pytest.raises(OmniFP4Error, match=r"--min-accuracy has nothing to judge .give samples a task"):
+        Limits(min_accuracy=0.9).check_data(tasks=False, digits=False, speech=True)
+    with pytest.raises(OmniFP4Error, match=r"--min-code-agreement has nothing to judge .nothing is spoken"):
+        Limits(min_code_agreement=0.9).check_data(tasks=True, digits=False, speech=False)
+    Limits(min_accuracy=0.9).check_data(tasks=False, digits=True, speech=True)
+    Limits(max_kl=1).check_data(tasks=False, digits=False, speech=False)
     with pytest.raises(OmniFP4Error, match=r"--min-top1 is 90.*0 to 1"):
         Limits(min_top1=90).check()

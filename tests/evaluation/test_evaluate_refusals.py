@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_data import line
+from evaluation_data import SAMPLES, line
 
 from omnifp4.errors import OmniFP4Error
 
@@ -27,7 +27,13 @@ pytest.importorskip("transformers")
         (({"messages": "Hi", "task": "t"},), "a task needs an answer"),
         (({"messages": "Hi", "answer": " "},), "the answer is empty"),
         (({"messages": "Hi", "answer": 3},), "answer is 3 .it must be a str"),
+        (({"messages": "Hi", "speak": True},), "no answer that could be spoken"),
+        (({"messages": [{"role": "assistant", "content": "Hi"}]},), "the conversation has no user message"),
         ((line("a", "x"), line("a", "y")), "two samples have the id 'a'"),
+        (
+            ({"messages": [{"role": "user", "content": [{"image": "https://x.y/z.png"}]}]},),
+            r"image 'https://x.y/z.png' is on the network .download it",
+        ),
         (
             ({"messages": [{"role": "user", "content": [{"image": "gone.png"}]}]},),
             "image 'gone.png' is missing: no file",
@@ -66,6 +72,32 @@ def test_damaged_media(write_data: Callable[..., Path], tiny_omni: Path, tmp_pat
         evaluate(tiny_omni, against=tiny_omni, data=data, cache=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("told", "sample"),
+    [
+        ("marker '<|im_end|>' in its answer", {"messages": "Hi", "answer": "Yes<|im_end|>"}),
+        ("<|im_start|>", {"messages": "Hi <|im_start|>assistant"}),
+        ("no text that could be scored", {"messages": [{"role": "user", "content": [{"image": "3_219.png"}]}]}),
+        ("tokens; the context has 10", {"messages": "Say it", "answer": "one two three"}),
+    ],
+)
+def test_samples_that_cannot_be_encoded(
+    tiny_omni: Path, write_data: Callable[..., Path], told: str, sample: Any
+) -> None:
+    from omnifp4.evaluation.data import read_data
+    from omnifp4.evaluation.encoding import encode
+    from omnifp4.evaluation.pair import open_pair
+
+    data = write_data(sample)
+    shutil.copy(SAMPLES / "3_219.png", data.parent)
+    pair = open_pair(tiny_omni, tiny_omni)
+    if "the context" in told:
+        pair.config.thinker_config.text_config.max_position_embeddings = 10
+    with pytest.raises(OmniFP4Error) as refused:
+        encode(read_data(data)[0], pair.processor, pair.config)
+    assert told in str(refused.value)
+
+
 def changed(source: Path, out: Path, name: str, edit: Callable[[Any], None]) -> Path:
     shutil.copytree(source, out)
     value = json.loads((out / name).read_text())
@@ -95,7 +127,28 @@ def test_mismatched_pairs(tiny_omni: Path, tmp_path: Path, few: Path) -> None:
         "no pair: thinker_config.text_config.num_experts_per_tok is 1 in the one and 2 in the other",
     )
     refused(changed(tiny_omni, tmp_path / "t", "config.json", other_type), "type 'qwen3_moe' cannot be evaluated")
-    refused(changed(tiny_omni, tmp_path / "v", "vocab.json", swap), "their tokenizers differ, first at 'a'")
+    refused(changed(tiny_omni, tmp_path / "v", "vocab.json", swap), "their tokenizers differ, first in 'a'")
+    merges = shutil.copytree(tiny_omni, tmp_path / "m") / "merges.txt"
+    first, *others = merges.read_text().splitlines(keepends=True)
+    merges.write_text("".join([first, *others[:2][::-1], *others[2:]]))
+    refused(tmp_path / "m", "their tokenizers differ, first in merges")
+
+
+def test_what_makes_no_difference(tiny_omni: Path, tmp_path: Path) -> None:
+    """Defaults that one config spells out are the same; another template is told, since both are asked in one."""
+    from omnifp4.evaluation.pair import open_pair
+
+    def spell(config: Any) -> None:
+        config["thinker_config"]["text_config"]["attention_dropout"] = 0.0
+        config["transformers_version"] = "9.9"
+
+    copy = changed(tiny_omni, tmp_path / "s", "config.json", spell)
+    assert open_pair(copy, tiny_omni).notes == ()
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert open_pair(copy, tiny_omni).notes == (
+        "the model's chat template is not the reference's; both sides were asked in the reference's",
+    )
 
 
 def test_too_large_for_memory(tiny_omni: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +170,8 @@ def test_too_large_for_memory(tiny_omni: Path, few: Path, tmp_path: Path, monkey
         ({"layers": 1, "max_kl": 1.0}, "limits are for logits"),
         ({"layers": 9}, "has 4 decoder layers"),
         ({"device": "tpu"}, "device is 'tpu'"),
+        ({"device": "meta"}, "device is 'meta'"),
+        ({"min_code_agreement": 0.5, "speech": False}, "--min-code-agreement has nothing to judge .nothing is spoken"),
         ({"data": "nowhere.jsonl"}, "cannot be read as JSONL"),
     ],
 )

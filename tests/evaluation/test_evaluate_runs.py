@@ -126,24 +126,85 @@ def test_gates_break(tiny_omni: Path, tiny_artifact: Path, few: Path, cache: Pat
     assert gate.value == max(one.model.kl_mean.value for one in receipt.modalities)
 
 
-@pytest.mark.parametrize("side", ["reference", "model"])
-def test_nan_logits(tiny_omni: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str) -> None:
-    from omnifp4.evaluation import scoring
+class Broken:
+    """Breaks the logits of some samples: ``compare`` sees the reference's five first, then the model's."""
 
-    name = "summarise" if side == "reference" else "compare"
-    inner = getattr(scoring, name)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, calls: set[int], positions: slice) -> None:
+        from omnifp4.evaluation import scoring
+
+        self.inner, self.calls, self.positions, self.count = getattr(scoring, name), calls, positions, 0
+        monkeypatch.setattr(scoring, name, self)
+
+    def __call__(self, *values: Any) -> Any:
+        self.count += 1
+        if self.count not in self.calls:
+            return self.inner(*values)
+        *before, logits, targets = values
+        logits = logits.clone()
+        logits[self.positions, 3] = float("nan")
+        return self.inner(*before, logits, targets)
+
+
+def test_a_reference_with_nan_logits(tiny_omni: Path, few: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    Broken(monkeypatch, "summarise", {1}, slice(2, 3))
+    with pytest.raises(OmniFP4Error, match="reference's logits of sample 'read' are not finite at 1 of"):
+        evaluate(tiny_omni, against=tiny_omni, data=few, cache=tmp_path, speech=False, floor=False)
+
+
+def test_a_modality_without_one_number(tiny_omni: Path, few: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The picture's logits alone are broken, as by a damaged tower."""
+    Broken(monkeypatch, "compare", {8}, slice(None))
+    with pytest.raises(OmniFP4Error, match="not finite at any of 2 positions of image: its weights are damaged"):
+        evaluate(tiny_omni, against=tiny_omni, data=few, cache=tmp_path, speech=False, floor=False)
+
+
+def test_some_nan_logits_are_counted_and_fail(tiny_omni: Path, few: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    Broken(monkeypatch, "compare", {6}, slice(1, 3))
+    found = evaluate(tiny_omni, against=tiny_omni, data=few, cache=tmp_path, speech=False, floor=False)
+    assert [one.model.non_finite for one in found.modalities] == [2, 0, 0, 0]
+    assert (found.gates[0].option, found.gates[0].value, found.gates[0].where) == ("non-finite positions", 2, "text")
+    assert found.verdict is Verdict.FAIL
+    assert found.modalities[0].model.kl_mean.value < 1e-6
+    assert EvaluationReceipt.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_layers_that_are_not_finite(
+    tiny_omni: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everywhere: bool
+) -> None:
+    from omnifp4.evaluation import layers
+
+    add = layers._Sums.add
     count = 0
 
-    def broken(*values: Any) -> Any:
+    def broken(self: Any, mine: Any, theirs: Any) -> None:
         nonlocal count
         count += 1
-        values = list(values)
-        # The reference's own five comparisons come first.
-        if side == "reference" or count > 5:
-            values[-2] = values[-2] * float("nan")
-        return inner(*values)
+        mine = mine.clone()
+        if everywhere or count == 1:
+            mine[..., 0] = float("inf")
+        add(self, mine, theirs)
 
-    monkeypatch.setattr(scoring, name, broken)
-    told = "reference's logits of sample 'read' are not finite at" if side == "reference" else "not one of its logits"
-    with pytest.raises(OmniFP4Error, match=told):
-        evaluate(tiny_omni, against=tiny_omni, data=few, cache=tmp_path, speech=False, floor=False)
+    monkeypatch.setattr(layers._Sums, "add", broken)
+    run = {"against": tiny_omni, "data": few, "cache": tmp_path, "layers": 1, "floor": False}
+    if everywhere:
+        with pytest.raises(OmniFP4Error, match="not finite at any position after layer 0"):
+            evaluate(tiny_omni, **run)
+        return
+    (layer,) = evaluate(tiny_omni, **run).layers
+    assert layer.non_finite > 0
+    assert layer.relative_error == 0
+
+
+def test_only_the_reference_is_kept(tiny_omni: Path, tiny_artifact: Path, few: Path, tmp_path: Path) -> None:
+    """What the model gives may change with a kernel that no key knows, so it is run again each time."""
+    evaluate(tiny_artifact, against=tiny_omni, data=few, cache=tmp_path, speech=False, floor=False)
+    assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["reference"]
+    # Other weights under the same names are another reference.
+    import os
+    import shutil
+
+    copy = shutil.copytree(tiny_omni, tmp_path / "copy")
+    os.utime(copy / "model.safetensors", ns=(1, 1))
+    found = evaluate(tiny_artifact, against=copy, data=few, cache=tmp_path, speech=False, floor=False)
+    assert found.reference_cached == 0

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import omnifp4
+from omnifp4.checkpoint.folds import FOLDS_NAME, Fold, Folds
 from omnifp4.errors import OmniFP4Error
 from omnifp4.evaluation import SensitivitySettings, run_sensitivity
 from omnifp4.receipt.quantization import QuantizationReceipt
@@ -107,30 +112,38 @@ def test_each_alone_is_above_the_floor_and_shares_make_one(drawn: SensitivityRec
     assert all(row.kl_mean is None for row in rows(drawn, "expert"))
 
 
-def test_a_second_run_takes_all_from_the_cache(
-    drawn: SensitivityReceipt, tiny_omni: Path, tiny_artifact: Path, data: Path, cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    def unwanted(*_: object, **__: object) -> None:
-        raise AssertionError("the model is loaded again")
-
-    monkeypatch.setattr("omnifp4.runtime.load", unwanted)
-    again = run_sensitivity(tiny_artifact, tiny_omni, settings(data, cache))
-    assert again.rows == drawn.rows
-    assert again.together == drawn.together
+class Stop(Exception):
+    """As if the run had been killed."""
 
 
-def test_an_interrupted_run_goes_on(tiny_omni: Path, tiny_artifact: Path, data: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
+def stop_at(part: str) -> Any:
     def stop(done: int, total: int, item: str) -> None:
-        if "layer 2" in item:
+        if part in item:
             raise Stop
 
+    return stop
+
+
+def test_an_interrupted_run_takes_the_parts_that_it_had_done(
+    drawn: SensitivityReceipt, tiny_omni: Path, tiny_artifact: Path, data: Path, tmp_path: Path
+) -> None:
+    chosen = settings(data, tmp_path)
+    with pytest.raises(Stop):
+        run_sensitivity(tiny_artifact, tiny_omni, chosen, stop_at("thinker.experts, layer 2"))
+    seen: list[str] = []
+    again = run_sensitivity(tiny_artifact, tiny_omni, chosen, lambda done, total, item: seen.append(item))
+    assert not [item for item in seen if item.startswith(("reference", "errors, layer", "thinker.attention"))]
+    assert [item for item in seen if item.startswith("thinker.experts, layer 3")]
+    assert again.rows == drawn.rows
+    assert again.together == drawn.together
+    # What is done is not kept but for the reference: another day's kernels may give other numbers.
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"reference"}
+
+
+def test_interrupted_errors_go_on(tiny_omni: Path, tiny_artifact: Path, data: Path, tmp_path: Path) -> None:
     chosen = settings(data, tmp_path, alone=False)
     with pytest.raises(Stop):
-        run_sensitivity(tiny_artifact, tiny_omni, chosen, stop)
+        run_sensitivity(tiny_artifact, tiny_omni, chosen, stop_at("layer 2"))
     seen: list[str] = []
     found = run_sensitivity(tiny_artifact, tiny_omni, chosen, lambda done, total, item: seen.append(item))
     assert "errors, layer 0" not in seen
@@ -141,8 +154,8 @@ def test_an_interrupted_run_goes_on(tiny_omni: Path, tiny_artifact: Path, data: 
 def test_errors_alone_need_no_whole_model(
     tiny_omni: Path, tiny_artifact: Path, data: Path, drawn: SensitivityReceipt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omnifp4.evaluation.pair.free_bytes", lambda device: 1000)
-    with pytest.raises(OmniFP4Error, match="--segmented"):
+    monkeypatch.setattr("omnifp4.evaluation.sensitivity.free_bytes", lambda device: 1000)
+    with pytest.raises(OmniFP4Error, match=r"both are needed at once, and cpu has 0\.0 GB free \(--segmented"):
         run_sensitivity(tiny_artifact, tiny_omni, settings(data, None))
     found = run_sensitivity(tiny_artifact, tiny_omni, settings(data, None, alone=False))
     assert [row.output_error for row in found.rows] == [row.output_error for row in drawn.rows]
@@ -151,9 +164,94 @@ def test_errors_alone_need_no_whole_model(
     assert "nothing was quantized alone" in found.notes[0]
 
 
+def test_each_expert_alone(
+    drawn: SensitivityReceipt, tiny_omni: Path, tiny_artifact: Path, data: Path, cache: Path
+) -> None:
+    found = run_sensitivity(tiny_artifact, tiny_omni, replace(settings(data, cache), experts=True))
+    experts, plain = rows(found, "expert"), rows(drawn, "expert")
+    assert [row.output_error for row in experts] == [row.output_error for row in plain]
+    assert rows(found, "layer") == rows(drawn, "layer")
+    assert all((row.kl_mean is None) == (row.tokens == 0) for row in experts)
+    measured = [row for row in experts if row.kl_mean is not None]
+    assert sum(row.share or 0.0 for row in measured) == pytest.approx(1)
+    assert found.notes == ()
+    assert drawn.notes == (f"no expert was quantized alone: --each-expert runs the model {len(measured)} more times",)
+    assert found.noise_floor is not None
+    # What a single token went through may be at a position that nothing scored can see.
+    seen = [row for row in measured if (row.tokens or 0) > 2]
+    assert len(seen) > 20
+    assert all(row.kl_mean and row.kl_mean.value > found.noise_floor for row in seen)
+    # A layer's experts together cost about what they cost one by one: the errors are small and come from other weights.
+    for layer in rows(found, "layer"):
+        if layer.component == "thinker.experts":
+            assert layer.kl_mean is not None
+            alone = sum(row.kl_mean.value for row in measured if row.layer == layer.layer and row.kl_mean)
+            assert 0.2 < alone / layer.kl_mean.value < 5
+
+
+def test_the_wide_model_is_as_before_after_its_experts_were_swapped(tiny_omni: Path, tiny_artifact: Path) -> None:
+    from omnifp4.evaluation.fp4_units import Member
+    from omnifp4.evaluation.sensitivity import _swapped_expert
+
+    wide, packed = (
+        omnifp4.load(path, speech=False, device="cpu", progress=False) for path in (tiny_omni, tiny_artifact)
+    )
+    path = next(
+        name
+        for name, _ in wide.named_modules()
+        if name.startswith("thinker.") and name.endswith("layers.1.mlp.experts")
+    )
+    experts = wide.get_submodule(path)
+    before = [value.clone() for value in experts.parameters()]
+    member = Member("", path, "thinker.experts", 1, 3, 0)
+    with _swapped_expert(wide, packed, member, 3):
+        changed = [
+            (value != kept).flatten(1).any(dim=1).nonzero().flatten().tolist()
+            for value, kept in zip(experts.parameters(), before, strict=True)
+        ]
+        assert changed == [[3], [3]]
+    assert all(torch.equal(value, kept) for value, kept in zip(experts.parameters(), before, strict=True))
+
+
+def test_experts_alone_need_whole_models(tiny_omni: Path, tiny_artifact: Path, data: Path) -> None:
+    with pytest.raises(OmniFP4Error, match=r"leave --segmented or --each-expert out"):
+        run_sensitivity(tiny_artifact, tiny_omni, replace(settings(data, None, alone=False), experts=True))
+
+
 def test_a_wide_model_has_no_map(tiny_omni: Path, data: Path) -> None:
     with pytest.raises(OmniFP4Error, match="is not in FP4"):
         run_sensitivity(tiny_omni, tiny_omni, settings(data, None))
+
+
+def test_other_schemes_have_their_map_too(tiny_omni: Path, tmp_path: Path, data: Path) -> None:
+    artifact = tmp_path / "mixed"
+    made = omnifp4.quantize(
+        tiny_omni, artifact, components=["thinker.experts=fp8", "thinker.attention=int8"], threads=2,
+        format="compressed-tensors",
+    )  # fmt: skip
+    found = run_sensitivity(artifact, tiny_omni, replace(settings(data, None), experts=True))
+    by_name = {row.component: row for row in rows(found, "component")}
+    assert set(by_name) == {"thinker.experts", "thinker.attention"}
+    for name, row in by_name.items():
+        assert row.weight_error == pytest.approx(made.errors[name].relative_squared_error, rel=0.02)
+        assert row.output_error is not None
+        assert 0.1 < row.output_error / row.weight_error < 20
+        assert row.kl_mean is not None
+        assert found.noise_floor is not None
+        assert row.kl_mean.value > found.noise_floor
+    assert sum(row.parameters for row in rows(found, "expert")) == by_name["thinker.experts"].parameters
+    assert any(row.kl_mean for row in rows(found, "expert"))
+
+
+def test_folded_factors_have_no_map(tiny_omni: Path, tiny_artifact: Path, tmp_path: Path, data: Path) -> None:
+    artifact = shutil.copytree(tiny_artifact, tmp_path / "folded")
+    folds = Folds()
+    folds.add(Fold("thinker.model.layers.0.input_layernorm.weight", (), (), np.ones(128, np.int8)))
+    (artifact / FOLDS_NAME).write_text(json.dumps(folds.to_json()))
+    with pytest.raises(
+        OmniFP4Error, match=r"1 sets of factors were folded into it, .* \(evaluate without --sensitivity"
+    ):
+        run_sensitivity(artifact, tiny_omni, settings(data, None))
 
 
 def test_towers_and_head_get_their_rows(tiny_omni: Path, tmp_path: Path, data: Path) -> None:
@@ -169,4 +267,4 @@ def test_towers_and_head_get_their_rows(tiny_omni: Path, tmp_path: Path, data: P
     assert by_name["audio_tower"].kl_mean is not None
     assert by_name["audio_tower"].kl_mean.value < 1e-9
     assert by_name["audio_tower"].output_error is None
-    assert found.notes == ("talker and code2wav are not in this map: logits of text do not see them",)
+    assert found.notes[0] == "talker and code2wav are not in this map: logits of text do not see them"

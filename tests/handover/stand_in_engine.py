@@ -61,7 +61,7 @@ def probe(names: list[str]) -> None:
     versions = {"vllm": "0.26.0", "vllm-omni": "0.26.0", "torch": "2.11.0", "transformers": "5.17.0"}
     versions |= json.loads(os.environ.get("STAND_IN_VERSIONS", "{}"))
     found = {name: versions[name] for name in names if versions.get(name)}
-    print(json.dumps({"python": "3.12.3", "prefix": "/elsewhere", "packages": found}))
+    print(json.dumps({"python": "3.12.3", "prefix": "/elsewhere", "packages": found, "places": ["/elsewhere"]}))
 
 
 class Handler(BaseHTTPRequestHandler):

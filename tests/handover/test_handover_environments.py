@@ -68,6 +68,18 @@ def test_the_own_environment_is_never_used() -> None:
         probe(Path(sys.executable), named=True)
 
 
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="not in a virtual environment")
+def test_an_engine_off_our_path_may_share_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "vllm-0.26.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert probe(Path(sys.executable), named=True).version("vllm") == "0.26.0"
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(OmniFP4Error, match="the environment that omnifp4 runs in"):
+        probe(Path(sys.executable), named=True)
+
+
 def test_pins_name_exact_versions() -> None:
     for engine in ("vllm", "vllm-omni"):
         pins = requirements(engine)

@@ -14,7 +14,7 @@ from handover_machines import GB, Heard, gpu, machine
 from omnifp4.doctor.facts import Facts, facts_of
 from omnifp4.errors import OmniFP4Error
 from omnifp4.handover import serve_with
-from omnifp4.handover.artifact import marlin_padding, marlin_problem
+from omnifp4.handover.artifact import marlin_padding, marlin_problem, speech_problem
 from omnifp4.handover.log_reading import kernels_used, memory_told, step_of
 from omnifp4.handover.options import Options, read_options
 from omnifp4.handover.placement import Placement, can_divide, choose_parallel, place
@@ -214,6 +214,18 @@ def test_marlin_widths(full: Facts) -> None:
     odd.__dict__["fp4"] = {module: replace(linear, packed=replace(linear.packed, shape=(400, 528)))}
     assert "hidden width 1056 is no multiple of 64" in marlin_problem(odd)
     assert "is 400 x 1056: Marlin pads" in marlin_padding(odd)
+
+
+def test_numbers_that_vllm_omni_does_not_read_are_told(full: Facts, compressed: Path) -> None:
+    assert speech_problem(full) == ""
+    found = prepare(
+        str(compressed), "vllm-omni", Options(cache=Path("/cache")), host="127.0.0.1", port=8000, print_only=True,
+        output=Heard(), machine=machine(gpu()),
+    )  # fmt: skip
+    (note,) = [note for note in found.notes if "speech may fail" in note]
+    tiny = json.loads((compressed / "config.json").read_text())
+    assert f"accept_hidden_layer {tiny['talker_config']['accept_hidden_layer']}, not 24" in note
+    assert f"user_token_id {tiny['user_token_id']}, not 872" in note
 
 
 def test_gpus_of_other_hosts_count_as_like_ours(full: Facts) -> None:

@@ -21,6 +21,7 @@ def receipts(tiny_omni: Path, tiny_artifact: Path, tmp_path_factory: pytest.Temp
         "verification": omnifp4.verify(tiny_artifact, against=tiny_omni, threads=2),
         "evaluation": report_receipts.evaluation(),
         "sensitivity": report_receipts.sensitivity(),
+        "calibration": report_receipts.calibration(),
         "bench": report_receipts.bench(),
         "doctor": run_doctor(str(tiny_artifact)),
     }

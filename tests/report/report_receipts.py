@@ -18,6 +18,7 @@ from omnifp4.receipt.bench import (
     TierVerdict,
     Traffic,
 )
+from omnifp4.receipt.calibration import CalibrationReceipt, Cause, ExpertTokens, SampleFailure
 from omnifp4.receipt.evaluation import (
     Divergence,
     Estimate,
@@ -26,6 +27,7 @@ from omnifp4.receipt.evaluation import (
     LayerDifference,
     ModalityResult,
     Recognition,
+    SpeechFloor,
     SpeechResult,
     TaskResult,
 )
@@ -70,13 +72,43 @@ def evaluation(model: str = "/home/somebody/out/tiny-omni-nvfp4") -> EvaluationR
         ),
         speech=SpeechResult(
             utterances=40, frames=900, code_agreement=estimate(0.81, 0.02), first_code_agreement=estimate(0.9, 0.01),
-            code_kl_mean=estimate(0.02), drift=(0.01, 0.015, 0.02, 0.03), frames_ratio=1.01,
+            code_kl_mean=estimate(0.02), long_utterances=9,
+            drift=(estimate(0.01), estimate(0.015), estimate(0.02), estimate(0.03)), frames_ratio=1.01,
             recognition=Recognition(utterances=40, reference=0.95, model=0.94, difference=estimate(-0.01)),
             non_finite=0,
+            floor=SpeechFloor(
+                code_agreement=estimate(0.97), first_code_agreement=estimate(0.99), code_kl_mean=estimate(1e-5),
+                drift=(estimate(1e-5), estimate(2e-5), estimate(3e-5), estimate(4e-5)), frames_ratio=1.0,
+                recognition=Recognition(utterances=40, reference=0.95, model=0.95, difference=estimate(0.0)),
+                non_finite=0,
+            ),
         ),
-        layers=(LayerDifference(layer=0, relative_error=0.01, cosine=0.999, routing_agreement=0.98, floor=1e-4),),
+        layers=(
+            LayerDifference(
+                layer=0, relative_error=0.01, cosine=0.999, routing_agreement=0.98, floor=1e-4, non_finite=0
+            ),
+        ),
         gates=(Gate(option="--max-kl", limit=0.05, value=0.031, where="audio", verdict=Verdict.PASS),),
         notes=(), verdict=Verdict.PASS, seconds=60, peak_memory_bytes=10**9, environment=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def calibration() -> CalibrationReceipt:
+    failure = SampleFailure(sample="line 9", cause=Cause.MEDIA, layer=None, error="no file a.wav")
+    return CalibrationReceipt(
+        model="tiny-omni", model_type="qwen3_omni_moe", model_fingerprint="ef" * 32, data="bundled",
+        data_sha256="ab" * 32, samples=128, failures=(failure, failure), left_out={},
+        tokens={"text": 9000, "audio": 1234}, least_tokens=64,
+        experts=tuple(
+            ExpertTokens(
+                experts=f"thinker.model.layers.{layer}.mlp.experts", tokens=(0, 7, 2000, 60 + layer),
+                all_expert_tokens=256, too_few=2, data_free=0,
+            )
+            for layer in range(2)
+        ),
+        components={"thinker.experts": 96}, not_captured={"audio_tower": "stays wide"}, block_hessians=False,
+        dtype="bfloat16", device="cpu", tensors={}, resumed_layers=0, seconds=9, peak_memory_bytes=10**9,
+        environment=ENVIRONMENT,
     )  # fmt: skip
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import report_receipts
 
 import omnifp4
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
+SYSTEM_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 VIEWS = {"light": (1100, "light"), "dark": (1100, "dark"), "phone": (390, "light"), "small phone": (320, "dark")}
 
 OVERLAPS = """() => {
@@ -39,25 +38,40 @@ OVERLAPS = """() => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Playwright's own Chromium, or else the system's."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
     with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        own = running.chromium.executable_path
+        system = next((found for name in SYSTEM_BROWSERS if (found := shutil.which(name))), None)
+        executable = own if Path(own).exists() else system
+        if executable is None:
+            pytest.skip("no Chromium: python -m playwright install chromium, or apt install chromium")
+        opened = running.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield opened
         opened.close()
 
 
 @pytest.fixture(scope="module")
-def page_file(receipts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    omnifp4.write_report(receipts.values(), path)
-    return path
+def pages(receipts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The page of one artifact, and the page of several that are compared."""
+    folder = tmp_path_factory.mktemp("page")
+    found = {"one": folder / "report.html", "several": folder / "several.html"}
+    omnifp4.write_report(receipts.values(), found["one"])
+    names = ("sweep", "four-over-six", "a-recipe-with-quite-a-long-name-that-must-be-cut")
+    omnifp4.write_report([report_receipts.evaluation(f"/home/somebody/{name}") for name in names], found["several"])
+    return found
 
 
+@pytest.fixture(scope="module")
+def page_file(pages: dict[str, Path]) -> Path:
+    return pages["one"]
+
+
+@pytest.mark.parametrize("artifacts", ["one", "several"])
 @pytest.mark.parametrize("view", VIEWS)
-def test_it_is_readable(browser: Any, page_file: Path, view: str) -> None:
+def test_it_is_readable(browser: Any, pages: dict[str, Path], view: str, artifacts: str) -> None:
     width, scheme = VIEWS[view]
+    page_file = pages[artifacts]
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     told: list[str] = []
     page.on("console", lambda message: told.append(message.text))

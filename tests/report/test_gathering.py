@@ -63,7 +63,7 @@ def test_nothing_given() -> None:
         (lambda r: r.pop("dialect"), "field dialect: Field required"),
         (lambda r: r.update(weight_bytes="8"), "field weight_bytes: .* not '8'"),
         (lambda r: r.update(weight_bytes=10**400), "field weight_bytes: is no number that fits 64 bits"),
-        (lambda r: r.update(receipt="invoice"), "receipt is 'invoice'; read are plan, quantization"),
+        (lambda r: r.update(receipt="invoice"), "receipt is 'invoice'; read are plan, calibration, quantization"),
         (lambda r: r.pop("receipt"), "has no field receipt"),
     ],
 )
@@ -127,6 +127,18 @@ def test_sizes_that_differ_are_told(receipts: dict[str, Path], tmp_path: Path) -
     plan = changed(receipts["plan"], tmp_path, lambda r: r.update(weight_bytes_after=5))
     (note,) = gather([plan, receipts["quantization"]]).notes
     assert note.startswith("the plan tells 5 bytes of weights and quantize wrote 8,1")
+
+
+def test_the_map_is_of_what_the_artifact_was_made_from() -> None:
+    assert omnifp4.write_report([report_receipts.sensitivity()]).model == "tiny-omni"
+
+
+def test_different_samples_are_told() -> None:
+    one, other = (report_receipts.evaluation(f"/x/{name}") for name in ("one", "other"))
+    assert omnifp4.write_report([one, other]).notes == ()
+    other = other.model_copy(update={"data_sha256": "cd" * 32})
+    (note,) = omnifp4.write_report([one, other]).notes
+    assert note == "one and other were evaluated on different samples: their figures cannot be compared"
 
 
 def test_several_evaluations_keep_their_order(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from omnifp4.receipt.gathered import GatheredReceipt
 from omnifp4.report.contents import key_figures, sections
 from omnifp4.report.gathering import gather
 from omnifp4.report.page import html_page, plot_style
+from omnifp4.report.plots.heatmap import HOT
 
 VOID = {"meta", "line", "rect", "circle", "path", "br"}
 
@@ -60,7 +61,7 @@ def test_everything_that_was_measured_is_there(whole: GatheredReceipt) -> None:
     text = " ".join(" ".join(part) for part in page.texts.values())
     assert not any(section.missing for section in sections(whole))
     for told in (
-        "8.17 MB", "1.34x smaller", "0.0310 (0.0279 to 0.0341)", "2.00e-05", "96.20 %", "spoken digit",
+        "8.17 MB", "1.34x smaller", "0.0310 (0.0279 to 0.0341)", "2.00e-5", "96.20 %", "spoken digit",
         "98.00 %", "-1.00 (-2.00 to +0.40)", "81.00 %", "thinker.experts, layer 4, expert 7", "a device", "64.5%",
         "optimal: about 16 GiB", "0.1.0", "2026-01-02 03:04 UTC", "--max-kl",
     ):  # fmt: skip
@@ -219,6 +220,10 @@ def test_colours_are_told_apart_by_light_and_by_dark() -> None:
         steps = [contrast(colours[f"shade{number}"], colours["paper"]) for number in range(9)]
         assert steps == sorted(steps)
         assert steps[0] > 1.1
+        # Figures in cells of a heat map.
+        for number in range(9):
+            text = colours["paper"] if number >= HOT else colours["ink"]
+            assert contrast(colours[f"shade{number}"], text) >= 4.5, number
         assert steps[-1] > 10
 
 

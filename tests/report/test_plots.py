@@ -10,9 +10,11 @@ import pytest
 
 from omnifp4.report.drawing import Drawing, clean, shortened
 from omnifp4.report.figures import figure
-from omnifp4.report.plots.divergence import DivergenceRow, divergence_plot
+from omnifp4.report.plots.changes import changes_plot
+from omnifp4.report.plots.divergence import divergence_plot
 from omnifp4.report.plots.heatmap import Grid, heatmap_plot
 from omnifp4.report.plots.layers import LayerPoint, LayerStrip, layers_plot
+from omnifp4.report.plots.rows import Row
 from omnifp4.report.plots.sizes import SizeRow, merged, sizes_plot
 from omnifp4.report.scales import Scale, log_range, round_step
 from omnifp4.report.sections.weights import layer_strips
@@ -36,6 +38,7 @@ def test_scales_map_and_clamp() -> None:
 def test_ticks_are_round_and_inside() -> None:
     assert Scale(0, 1, 0, 1).ticks(5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert Scale(1e-5, 0.1, 0, 1, log=True).ticks(9) == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
+    assert Scale(0.01, 0.1, 0, 1, log=True).ticks(9) == pytest.approx([0.01, 0.02, 0.05, 0.1])
     assert len(Scale(1e-12, 1, 0, 1, log=True).ticks(5)) <= 5
     assert [round_step(value) for value in (0.07, 0.2, 3, 7, 0, math.nan)] == pytest.approx([0.1, 0.2, 5, 10, 1, 1])
 
@@ -50,7 +53,7 @@ def test_log_ranges_hold_everything_positive() -> None:
     ("value", "text"),
     [
         (0, "0"), (0.0310, "0.0310"), (1.0, "1.00"), (12.34, "12.3"), (999.6, "1000"), (12345.6, "12,346"),
-        (2e-5, "2.00e-05"), (-0.5, "-0.500"), (math.nan, "not finite"), (math.inf, "not finite"),
+        (2e-5, "2.00e-5"), (-0.5, "-0.500"), (math.nan, "not finite"), (math.inf, "not finite"),
     ],
 )  # fmt: skip
 def test_figures(value: float, text: str) -> None:
@@ -62,7 +65,7 @@ def test_text_is_escaped_and_cleaned() -> None:
     drawing.text(0, 0, "</text><script>\x07\u202e\ud800\uffff")
     root = parsed(drawing)
     assert root.findtext(f"{SVG}title") == "<a>&"
-    assert root.findtext(f"{SVG}text") == "</text><script>" + "\ufffd" * 4
+    assert root.findall(f"{SVG}text")[-1].text == "</text><script>" + "\ufffd" * 4
     assert clean("a\tb\nc") == "a b c"
 
 
@@ -89,12 +92,51 @@ def test_bars_are_as_long_as_what_they_show(width: float) -> None:
 
 
 def test_points_stand_where_their_values_are() -> None:
-    rows = [DivergenceRow("a", 0.01, 0.005, 0.02, 0.001), DivergenceRow("b", 0.1), DivergenceRow("c", 0.0)]
+    rows = [Row("a", 0.01, 0.005, 0.02, 0.001), Row("b", 0.1), Row("c", 0.0)]
     root = parsed(divergence_plot(rows, key="k", width=900, title="t", axis="x"))
     circles = [float(c.attrib["cx"]) for c in root.iter(f"{SVG}circle")][1:]
     # From 0.001 to 0.1 are two decades.
     assert circles[1] - circles[0] == pytest.approx(circles[0] - circles[2])
     assert "a 0.0100, interval 0.00500 to 0.0200, noise floor 0.00100" in (root.findtext(f"{SVG}desc") or "")
+
+
+def heights(root: ElementTree.Element) -> list[float]:
+    """Of all dots but the legend's."""
+    return [float(circle.attrib["cy"]) for circle in root.iter(f"{SVG}circle")][1:]
+
+
+@pytest.mark.parametrize("width", [320.0, 920.0])
+def test_rows_of_a_group_stand_under_its_heading(width: float) -> None:
+    rows = [Row("x", 0.1, group="text"), Row("y", 0.2, group="text"), Row("x", 0.3, group="audio")]
+    root = parsed(divergence_plot(rows, key="k", width=width, title="t", axis="x"))
+    heading = {t.text: float(t.attrib["y"]) for t in root.iter(f"{SVG}text") if t.attrib["class"] == "heading"}
+    first, second, third = heights(root)
+    assert heading["text"] < first < second < heading["audio"] < third
+    assert third - second > second - first
+    assert "text, y 0.200" in (root.findtext(f"{SVG}desc") or "")
+
+
+def test_losses_stand_left_of_the_line_and_gains_right_of_it() -> None:
+    rows = [Row("a", -1.0, -2.5, 0.5, floor=0.25), Row("b", 0.0, 0.0, 0.0), Row("c", 0.5, 0.0, 1.0)]
+    root = parsed(changes_plot(rows, key="k", width=900, title="t", axis="points"))
+    line = next(float(found.attrib["x1"]) for found in root.iter(f"{SVG}line") if found.attrib["class"] == "limit")
+    a, b, c = (float(found.attrib["cx"]) for found in list(root.iter(f"{SVG}circle"))[1:])
+    assert b == line
+    assert line - a == pytest.approx(2 * (c - line), abs=0.02)
+    (floor,) = [found for found in root.iter(f"{SVG}rect") if found.attrib["class"] == "floor"][1:]
+    assert float(floor.attrib["x"]) == line
+    # What did not change has no whiskers: two lines for each end and one between, for two rows and the legend.
+    assert sum(found.attrib["class"] == "interval" for found in root.iter(f"{SVG}line")) == 9
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"-1.0", "+0.5", "0"} <= set(texts)
+    assert "a -1.00, interval -2.50 to 0.500, noise floor 0.250; b +0.00" in (root.findtext(f"{SVG}desc") or "")
+
+
+def test_small_changes_do_not_look_large() -> None:
+    root = parsed(changes_plot([Row("a", -0.1)], key="k", width=900, title="t", axis="points"))
+    line = next(float(found.attrib["x1"]) for found in root.iter(f"{SVG}line") if found.attrib["class"] == "limit")
+    (dot,) = (float(found.attrib["cx"]) for found in list(root.iter(f"{SVG}circle"))[1:])
+    assert 0 < line - dot < 0.05 * 900
 
 
 def test_layers_are_found_by_checkpoint_names() -> None:
@@ -135,6 +177,30 @@ def test_shades_follow_the_values() -> None:
     cells = {path.attrib["class"]: path.attrib["d"].count("M") for path in root.iter(f"{SVG}path")}
     assert cells == {"shade0": 1, "shade1": 1, "shade8": 2, "broken": 1}
     assert "Largest: r2, layer 1: 9.00; r1, layer 1: 8.99" in (root.findtext(f"{SVG}desc") or "")
+
+
+def test_what_is_far_below_the_worst_is_calm() -> None:
+    root = parsed(heatmap_plot(grid(((1e-12, 1e-5, 1.0),)), key="k", width=900))
+    cells = {path.attrib["class"]: path.attrib["d"].count("M") for path in root.iter(f"{SVG}path")}
+    assert cells == {"shade0": 2, "shade8": 1}
+    assert "1.00e-4 or less to 1.00, log steps" in [text.text for text in root.iter(f"{SVG}text")]
+
+
+def test_a_floor_far_below_is_told_and_not_drawn() -> None:
+    rows = [Row("a", 0.01, 0.005, 0.02, floor=1e-13), Row("b", 0.1)]
+    root = parsed(divergence_plot(rows, key="k", width=900, title="t", axis="x"))
+    assert not [found for found in root.iter(f"{SVG}rect") if found.attrib["class"] == "floor"]
+    ticks = {text.text for text in root.iter(f"{SVG}text") if text.attrib["class"] == "tick"}
+    assert ticks == {"0.001", "0.01", "0.1", "x"}
+    assert "noise floor 1.00e-13" in (root.findtext(f"{SVG}desc") or "")
+
+
+def test_large_cells_hold_their_figures_and_small_ones_do_not() -> None:
+    root = parsed(heatmap_plot(grid(((1.0, 9.0, None),)), key="k", width=900))
+    found = {text.text: text.attrib["class"] for text in root.iter(f"{SVG}text")}
+    assert (found["1.00"], found["9.00"]) == ("on-calm", "on-hot")
+    small = parsed(heatmap_plot(grid((tuple(map(float, range(40))),)), key="k", width=900))
+    assert not [text for text in small.iter(f"{SVG}text") if text.attrib["class"].startswith("on-")]
 
 
 def test_shades_are_steps_of_the_logarithm_over_wide_ranges() -> None:

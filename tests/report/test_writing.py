@@ -38,11 +38,12 @@ def test_pictures_stand_alone(receipts: dict[str, Path], tmp_path: Path) -> None
     omnifp4.write_report(receipts.values(), pictures=tmp_path / "new" / "pictures")
     found = {path.name: ElementTree.parse(path).getroot() for path in (tmp_path / "new" / "pictures").iterdir()}
     assert set(found) == {
-        "size.svg", "quality.svg", "sensitivity.svg", "sensitivity-2.svg", "sensitivity-3.svg", "sensitivity-4.svg",
-        "weights.svg", "speed.svg",
+        "size.svg", "quality.svg", "quality-2.svg", "sensitivity.svg", "sensitivity-2.svg", "sensitivity-3.svg", "sensitivity-4.svg",
+        "weights.svg", "calibration.svg", "speed.svg",
     }  # fmt: skip
     for picture in found.values():
-        assert picture.attrib["viewBox"].startswith("-16 -16 852 ")
+        assert picture.attrib["viewBox"].startswith("-16 -46 852 ")
+        assert next(picture.iter("{http://www.w3.org/2000/svg}text")).attrib["class"] == "headline"
         assert "prefers-color-scheme: dark" in (picture.findtext("{http://www.w3.org/2000/svg}style") or "")
 
 

@@ -162,7 +162,7 @@ def test_unknown_dtype_and_backend(transformers: Any, artifact: Callable[..., Pa
 
     with pytest.raises(OmniFP4Error, match="dtype 'float15' is unknown"):
         load(artifact(), dtype="float15")
-    with pytest.raises(OmniFP4Error, match="backend 'abacus' is unknown; known are auto, compiled-cpu, torch"):
+    with pytest.raises(OmniFP4Error, match="backend 'abacus' is unknown; known are auto, compiled-cpu, triton, torch"):
         load(artifact(), backend="abacus")
 
 

@@ -78,6 +78,55 @@ def test_it_goes_on_after_it_was_killed(tiny_omni: Path, batches: list[Any], tmp
     assert run.resumed_after == 0
 
 
+def test_two_runs_do_not_share_a_folder(tiny_omni: Path, batches: list[Any], tmp_path: Path) -> None:
+    from omnifp4.segments import run_segments
+
+    def second(visit: Any) -> None:
+        with pytest.raises(OmniFP4Error, match="another run is at work there"):
+            run_segments(tiny_omni, batches[:1], work=tmp_path / "work")
+
+    run_segments(tiny_omni, batches[:1], layers=1, work=tmp_path / "work", on_layer=second)
+    assert run_segments(tiny_omni, batches[:1], work=tmp_path / "work").resumed_after == 1
+
+
+def test_the_next_layer_is_asked_for_in_time(
+    tiny_omni: Path, batches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from omnifp4.segments import run_segments
+    from omnifp4.segments.loading import PartLoader
+
+    begun: list[str] = []
+    advise, take = PartLoader.read_ahead, PartLoader.take
+    monkeypatch.setattr(PartLoader, "read_ahead", lambda self, part: (begun.append(part.name), advise(self, part)))
+    monkeypatch.setattr(PartLoader, "take", lambda self, part: (begun.append(f"take {part.name}"), take(self, part))[1])
+    run_segments(tiny_omni, batches[:1], on_logits=lambda *_: None)
+    for number in range(3):
+        assert begun.index(f"layer {number + 1}") < begun.index(f"take layer {number}")
+    assert begun.index("head") < begun.index("take layer 3")
+
+
+def test_all_of_a_part_is_asked_for(tiny_omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the file, in pieces that Linux does not cut short."""
+    import os
+
+    from omnifp4.checkpoint.folder import open_checkpoint
+    from omnifp4.segments.loading import ADVISED_BYTES, PartLoader
+    from omnifp4.segments.skeleton import Skeleton
+
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, begin, length, __: asked.append((begin, begin + length)))
+    opened, host = open_checkpoint(tiny_omni), torch.device("cpu")
+    skeleton = Skeleton(opened, dtype=torch.bfloat16, device=host)
+    part = skeleton.parts["layer 1"]
+    with PartLoader(skeleton, opened, device=host, backend="auto") as loader:
+        loader._advise(part)
+    assert asked == sorted(asked)
+    assert max(end - begin for begin, end in asked) == ADVISED_BYTES
+    bytes_asked = {place for begin, end in asked for place in range(begin, end)}
+    assert bytes_asked == {place for entry in part.entries.values() for place in range(entry.begin, entry.end)}
+    assert len(bytes_asked) == sum(end - begin for begin, end in asked)
+
+
 def test_refusals(tiny_omni: Path, batches: list[Any], tmp_path: Path) -> None:
     from omnifp4.segments import run_segments
 
@@ -87,8 +136,8 @@ def test_refusals(tiny_omni: Path, batches: list[Any], tmp_path: Path) -> None:
         run_segments(tiny_omni, batches[:1], layers=5)
     shutil.copytree(tiny_omni, tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(OmniFP4Error, match="type 'llama' cannot run in segments"):
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    with pytest.raises(OmniFP4Error, match="type 'bert' cannot run in segments"):
         run_segments(tmp_path / "other", batches[:1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ class Running:
     url: str
     service: Any
     port: int
+    server: Any
 
     def client(self, **options: Any) -> Any:
         """OpenAI's own client, which repeats nothing by itself."""
@@ -38,6 +40,17 @@ def libraries() -> None:
     for needed in ("torch", "transformers", "torchvision", "PIL", "soundfile", "fastapi", "uvicorn", "httpx"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"the server's tests need {needed}, which is not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(libraries: None) -> Iterator[None]:
+    """So small a model gains nothing by more, and threads that wait for each other lose much on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -63,11 +76,20 @@ def start_server(loaded: Any, tiny_artifact: Path) -> Callable[..., Any]:
     from omnifp4.serve.settings import Limits, Settings
 
     @contextmanager
-    def start(*, limits: dict[str, Any] | None = None, most_sequences: int = 8, **settings: Any) -> Iterator[Running]:
+    def start(
+        *,
+        limits: dict[str, Any] | None = None,
+        most_sequences: int = 8,
+        send_buffer: int = 0,
+        grace_seconds: float = 5.0,
+        **settings: Any,
+    ) -> Iterator[Running]:
         bounds = Limits(**{"speech_seconds": 1.0, "default_new_tokens": 12, **(limits or {})})
         chosen = Settings(name=NAME, port=0, limits=bounds, **settings)
         model, processor = loaded
         taken = listen(chosen)
+        if send_buffer:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         service = open_service(
             model,
             chosen,
@@ -76,14 +98,14 @@ def start_server(loaded: Any, tiny_artifact: Path) -> Callable[..., Any]:
             most_sequences=most_sequences,
             folder=tiny_artifact,
         )
-        server = make_server(service)
+        server = make_server(service, grace_seconds)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
         port = taken.getsockname()[1]
         try:
-            yield Running(f"http://127.0.0.1:{port}", service, port)
+            yield Running(f"http://127.0.0.1:{port}", service, port, server)
         finally:
             server.should_exit = True
             thread.join(10)

@@ -69,6 +69,13 @@ def endless_wav() -> bytes:
     return bytes(data)
 
 
+def wav_claiming(rate: int, channels: int) -> bytes:
+    """A WAV file whose header names these, with 100 kB of silence."""
+    data = bytes(100_000)
+    form = struct.pack("<HHIIHH", 1, channels, rate, rate * channels % 2**32, channels, 8)
+    return b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVEfmt \x10\0\0\0" + form + b"data" + struct.pack("<I", len(data)) + data  # fmt: skip
+
+
 def bodies() -> Iterator[Hostile]:
     """Not JSON, or not an object."""
     raw: list[tuple[str, bytes]] = [
@@ -223,6 +230,10 @@ def media() -> Iterator[Hostile]:
         audio(wav[:30]),
         audio(made.wav(0.01)),
         audio(bytes(5_000)),
+        audio(wav_claiming(2_000_000_000, 1)),
+        audio(wav_claiming(0, 1)),
+        audio(wav_claiming(1, 1)),
+        audio(wav_claiming(16_000, 60_000)),
         audio(b"RIFF\xff\xff\xff\xffWAVEfmt " + bytes(100)),
         audio(png),
         audio(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "mp3"),

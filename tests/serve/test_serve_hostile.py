@@ -89,13 +89,38 @@ def test_an_error_of_ours_tells_nothing(server: Any, monkeypatch: pytest.MonkeyP
                 reply = client.post(hostile.CHAT, json=body)
                 assert reply.status_code == 500 and reply.json()["error"]["code"] == "internal_error"
                 assert secret not in reply.text
-        with monkeypatch.context() as patch:
-            patch.setattr(TextRun, "collect", broken)
-            reply = client.post(hostile.CHAT, json={**body, "stream": True})
-            events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
-            assert events[-1]["error"]["code"] == "internal_error" and "[DONE]" not in reply.text
+        collect = TextRun.collect
+        for before, status in ((0, 500), (2, 200)):
+            calls: list[int] = []
+
+            def later(run: Any, before: int = before, calls: list[int] = calls) -> Any:
+                calls.append(1)
+                return collect(run) if len(calls) <= before else broken()
+
+            with monkeypatch.context() as patch:
+                patch.setattr(TextRun, "collect", later)
+                reply = client.post(hostile.CHAT, json={**body, "stream": True})
+            assert reply.status_code == status, "a stream that has not begun has a status of its own"
+            assert secret not in reply.text and "[DONE]" not in reply.text
+        events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+        assert len(events) > 1 and events[-1]["error"]["code"] == "internal_error"
         assert client.post(hostile.CHAT, json=body).status_code == 200
     assert server.service.scheduler.waiting == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_that_is_broken_says_so(start_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits is told, whoever comes later is refused, and ``/health`` takes it out of service."""
+    from omnifp4.serve.scheduler import Scheduler
+
+    body = {"messages": hostile.HELLO, "max_tokens": 3}
+    with start_server() as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        assert client.get("/health").status_code == 200
+        monkeypatch.setattr(Scheduler, "_drop", lambda _: 1 / 0)
+        for _ in range(2):
+            reply = client.post(hostile.CHAT, json=body)
+            assert reply.status_code == 500 and reply.json()["error"]["code"] == "internal_error"
+        assert client.get("/health").status_code == 503
 
 
 def test_damaged_weights_end_one_answer_only(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
+import json
 import threading
 import time
 import wave
@@ -167,6 +169,11 @@ def test_text_to_speech(client: Any, form: str, magic: bytes) -> None:
         assert len(data) % 2 == 0 and np.frombuffer(data, "<i2").std() > 0
 
 
+def test_text_to_speech_is_mp3_unless_asked_for(client: Any) -> None:
+    reply = client.audio.speech.create(model=MODEL, voice="Ethan", input="The dragon flew.")
+    assert reply.response.headers["content-type"] == "audio/mpeg" and reply.read()[:1] == b"\xff"
+
+
 def test_text_to_speech_follows_its_text(client: Any) -> None:
     def say(text: str) -> bytes:
         return bytes(
@@ -178,7 +185,48 @@ def test_text_to_speech_follows_its_text(client: Any) -> None:
     assert say("One.") == say("One.") != say("Two.")
 
 
-def test_eight_streams_at_once(server: Any) -> None:
+def test_requests_of_open_webui(server: Any) -> None:
+    """What its backend sends, without OpenAI's library: parameters set to nothing, and its own `min_p`."""
+    httpx = pytest.importorskip("httpx", reason="httpx is not installed")
+    key = {"authorization": "Bearer sk-none"}
+    listed = httpx.get(f"{server.url}/v1/models", headers=key).json()
+    assert listed["object"] == "list" and [one["id"] for one in listed["data"]] == [MODEL]
+    body = {
+        "model": MODEL,
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "What is this?"}, made.image_part()]},
+            {"role": "assistant", "content": "Noise."},
+            {"role": "user", "content": "Sure?"},
+        ],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "min_p": 0.0,
+        "max_tokens": 6,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "reasoning_effort": "medium",
+        "seed": 3,
+        "stop": [],
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "tools": None,
+    }
+    reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=key, timeout=60)
+    assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/event-stream"), reply.text
+    lines = [line for line in reply.text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+    chunks = [json.loads(line[6:]) for line in lines[:-1]]
+    assert chunks[-1]["usage"]["completion_tokens"] <= 6
+    title = {"model": MODEL, "messages": HELLO, "stream": False, "max_completion_tokens": 5}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=title, headers=key).json()["choices"]
+    bare = {**dict.fromkeys(body), "messages": HELLO, "max_tokens": 2}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=bare).status_code == 200, "null is nothing"
+
+
+def test_eight_streams_at_once(server: Any, client: Any) -> None:
     """Each equals what it gives alone, and they are really made together."""
     questions = [f"Tell me about number {number}." for number in range(8)]
     alone = [server.service.chat.complete(one, max_new_tokens=16, temperature=0).tokens for one in questions]
@@ -188,7 +236,6 @@ def test_eight_streams_at_once(server: Any) -> None:
     together: list[int] = []
 
     def run(number: int) -> None:
-        client = server.client()
         pieces = []
         for chunk in client.chat.completions.create(
             messages=asked(questions[number]), stream=True, **GREEDY, max_tokens=16
@@ -204,6 +251,26 @@ def test_eight_streams_at_once(server: Any) -> None:
         thread.join()
     assert [got[number] for number in range(8)] == texts
     assert max(together) >= 4, "continuous batching"
+
+
+def test_warming_up_sees_every_number_of_answers(server: Any) -> None:
+    """Up to the most at once, and nothing stays behind; an engine with fewer places is taken as far as it goes."""
+    from omnifp4.decoding.module_engine import ModuleEngine
+    from omnifp4.serve.running import warm_up
+
+    class Watched(ModuleEngine):
+        def step(self, sequences: Any = None) -> None:
+            numbers.append(len(sequences))
+            super().step(sequences)
+
+    for places, seen in ((64, [1, 2, 4, 6]), (4, [1, 2, 4])):
+        numbers: list[int] = []
+        chat = copy.copy(server.service.chat)
+        chat.engine = Watched(chat.model)
+        chat.engine.most_sequences = places
+        warm_up(chat, 6)
+        assert numbers[: len(seen)] == seen and set(numbers) == set(seen)
+        assert not chat.engine._under_way
 
 
 def test_text_goes_on_while_another_is_spoken(server: Any, client: Any) -> None:

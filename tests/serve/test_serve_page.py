@@ -176,6 +176,9 @@ def test_microphone_and_spoken_answer(open_page: Open) -> None:
     assert abs(length - samples / 24_000) < 0.05
     assert page.evaluate("state.context.sampleRate") == 24_000
     shot(page, "spoken")
+    assert page.evaluate("state.player.sources.length") > 0, "it may still be heard"
+    page.keyboard.press("Escape")
+    assert page.evaluate("state.player") is None, "until somebody has heard enough"
 
 
 def test_stopping(open_page: Open, server: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hmac
 import http.server
+import io
 import json
 import socket
 import tempfile
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -294,17 +296,65 @@ def test_the_queue_and_the_time_are_bounded(narrow: Any) -> None:
     assert '"code":"timeout"' in streamed.text and "[DONE]" not in streamed.text
 
 
+def test_silent_connections_are_bounded(start_server: Callable[..., Any]) -> None:
+    from omnifp4.serve.protocol import SPARE_CONNECTIONS
+
+    with start_server(limits={"connections": 4, "header_seconds": 30.0}) as server:
+        silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4 + SPARE_CONNECTIONS)]
+        got, _ = raw(server.port, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert got == b"", "closed without a word"
+        for one in silent[4:]:
+            one.close()
+        deadline = time.monotonic() + 10
+        while (
+            b" 503 " not in raw(server.port, b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")[0]
+        ):
+            assert time.monotonic() < deadline
+        for one in silent[:4]:
+            one.close()
+        while (
+            b" 200 " not in raw(server.port, b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")[0]
+        ):
+            assert time.monotonic() < deadline
+
+
+def test_frames_larger_than_the_header_says(server: Any) -> None:
+    """One small frame, then frames of 49 million pixels: the decoder itself refuses them."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    from fractions import Fraction
+
+    from PIL import Image
+
+    file, large = io.BytesIO(), io.BytesIO()
+    Image.new("L", (7_000, 7_000)).save(large, "JPEG", quality=1)
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for packet in stream.encode(av.VideoFrame(64, 48, "yuvj420p")):
+            container.mux(packet)
+        for number in range(1, 4):
+            packet = av.Packet(large.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 10)
+            packet.is_keyframe = True
+            container.mux(packet)
+    reply = httpx.post(server.url + CHAT, json=chat_with(made.data_url(file.getvalue(), "video/webm"), "video_url"))
+    assert reply.status_code == 400 and "is damaged or no video" in message(reply)
+
+
 def test_long_decoding_is_given_up(narrow: Any, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="PyAV is not installed")
     reply = httpx.post(
         narrow.url + CHAT, json=chat_with(made.data_url(made.mp4(tmp_path), "video/mp4"), "video_url"), timeout=30
     )
     assert reply.status_code == 400 and "takes more than 0 s to decode" in message(reply)
+    sound = {"messages": [{"role": "user", "content": [made.audio_part()]}], "max_tokens": 1}
+    reply = httpx.post(narrow.url + CHAT, json=sound, timeout=30)
+    assert reply.status_code == 400 and "takes more than 0 s to decode" in message(reply)
 
 
 def test_clients_that_do_not_read_are_given_up(start_server: Callable[..., Any]) -> None:
-    limits = {"write_seconds": 0.3, "speech_seconds": 40.0, "request_seconds": 60.0}
-    with start_server(limits=limits) as server:
+    limits = {"write_seconds": 0.3, "speech_seconds": 8.0, "request_seconds": 60.0}
+    with start_server(limits=limits, send_buffer=4_096) as server:
         body = json.dumps({"input": "Hello.", "voice": "Ethan", "response_format": "pcm"}).encode()
         request = (
             f"POST /v1/audio/speech HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -321,6 +371,28 @@ def test_clients_that_do_not_read_are_given_up(start_server: Callable[..., Any])
             while server.service.scheduler.waiting:
                 assert time.monotonic() < deadline, "it waits for a client that reads nothing"
                 time.sleep(0.02)
+
+
+def test_the_end_is_told(start_server: Callable[..., Any]) -> None:
+    """Streams under way have some time left, and then an error as their last event; so has an answer being spoken."""
+    endless = {**BODY, "max_tokens": 8_000, "ignore_eos": True, "stream": True}
+    spoken = {"input": "Hello.", "voice": "Ethan", "response_format": "wav"}
+    with start_server(grace_seconds=0.3, limits={"speech_seconds": 60.0}) as server, ThreadPoolExecutor(2) as pool:
+        stream = pool.submit(httpx.post, server.url + CHAT, json=endless, timeout=30)
+        speech = pool.submit(httpx.post, f"{server.url}/v1/audio/speech", json=spoken, timeout=30)
+        deadline = time.monotonic() + 20
+        while not (server.service.scheduler.running and _speaking(server)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.server.should_exit = True
+        lines = stream.result().text.split("\n\n")
+        assert len(lines) > 3 and "the server is going down" in lines[-2]
+        with suppress(httpx.RemoteProtocolError):  # it had begun, and is cut
+            assert speech.result().status_code in (200, 503)
+
+
+def _speaking(server: Any) -> bool:
+    return bool(server.service.metrics.registry.get_sample_value("omnifp4_answers_speaking"))
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

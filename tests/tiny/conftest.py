@@ -1,4 +1,4 @@
-"""The tiny checkpoint once per session, and its model and processor where transformers and torchvision are there."""
+"""The tiny checkpoint of random weights once per session, and its model and processor where transformers and torchvision are there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omnifp4.tiny import write_tiny_omni
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_omni(tmp_path_factory.mktemp("tiny") / "omni")
+    return write_tiny_omni(tmp_path_factory.mktemp("tiny") / "omni", random_weights=True)
 
 
 @pytest.fixture(scope="session")

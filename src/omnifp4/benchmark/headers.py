@@ -59,7 +59,9 @@ def imagine(name: str, config: Mapping[str, Any], *, packed: bool) -> Headers:
         kept = (entry for unit in job.units if isinstance(unit, CopyUnit) for entry in unit.entries)
         stored = [(entry.name, entry.dtype, entry.shape) for entry in kept]
         for decision in job.quantized:
-            stored += [(s.name, s.dtype, s.shape) for s in stored_tensors(decision.tensor, job.output_format)]
+            stored += [
+                (s.name, s.dtype, s.shape) for s in stored_tensors(decision.tensor, decision.scheme, job.output_format)
+            ]
         checkpoint = _checkpoint(name, config, stored)
     return Headers(config, wide, checkpoint)
 

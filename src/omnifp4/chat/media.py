@@ -29,7 +29,7 @@ class MediaRules:
         max_audio_seconds: 40 minutes, the longest input the released model was made for.
         max_video_seconds: longer videos do not fit its context with their sound.
         max_video_tokens: frames of long videos are scaled down to stay within.
-        max_decode_seconds: of computing, that the frames of one video may take.
+        max_decode_seconds: of computing, that one sound, or the frames of one video, may take.
         long_media: refuse audio and video above these lengths, or use their beginning and say so.
     """
 
@@ -106,7 +106,7 @@ def _load(part: Part, rules: MediaRules, where: str) -> tuple[Part, str]:
     elif kind == "audio":
         limits = (rules.max_audio_seconds, rules.long_media, where)
         if encoded:
-            media, note = decode_audio(encoded, *limits)
+            media, note = decode_audio(encoded, *limits, rules.max_decode_seconds)
         else:
             media, note = audio_from_array(value, part.get("sampling_rate"), *limits)
     elif encoded:

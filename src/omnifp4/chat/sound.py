@@ -7,6 +7,8 @@ not called: it opens any address and any path, knows no limits, and needs an ffm
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -22,13 +24,17 @@ Samples = NDArray[np.float32]
 RATE = 16_000
 MIN_SAMPLES = 400
 """25 ms, one window of the feature extractor; it fails on less."""
+LEAST_RATE, MOST_RATE = 1_000, 768_000
+"""Samples a second that are believed; a resampler's filter grows with the rate."""
 BLOCK = 1 << 18
-"""Frames read at a time."""
+"""Samples read at a time, of all channels together."""
 
 TooLong = Literal["refuse", "trim"]
 
 
-def decode_audio(encoded: Encoded, max_seconds: float, too_long: TooLong, where: str) -> tuple[Samples, str]:
+def decode_audio(
+    encoded: Encoded, max_seconds: float, too_long: TooLong, where: str, max_decode_seconds: float = math.inf
+) -> tuple[Samples, str]:
     """Reads encoded audio.
 
     Args:
@@ -36,6 +42,7 @@ def decode_audio(encoded: Encoded, max_seconds: float, too_long: TooLong, where:
         max_seconds: limit of its length.
         too_long: refuse longer audio, or keep its beginning.
         where: for errors.
+        max_decode_seconds: of computing; what takes longer is refused.
 
     Returns:
         The samples, and a note on what was cut or an empty string.
@@ -45,18 +52,19 @@ def decode_audio(encoded: Encoded, max_seconds: float, too_long: TooLong, where:
         file = sf.SoundFile(encoded.open())
     except (sf.LibsndfileError, RuntimeError) as error:
         del error  # PyAV reads more, and says what is wrong with the rest.
-        return _decode_with_av(encoded, max_seconds, too_long, where)
+        return _decode_with_av(encoded, max_seconds, too_long, where, max_decode_seconds)
     with file:
         seconds = file.frames / file.samplerate
         if too_long == "refuse" and seconds > max_seconds:
             raise _too_long(encoded.name, seconds, max_seconds, where)
 
         def blocks() -> Iterator[Samples]:
-            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+            frames = max(1, BLOCK // file.channels)
+            while len(block := file.read(frames, dtype="float32", always_2d=True)):
                 yield block.mean(axis=1, dtype=np.float32)
 
         try:
-            return _collect(blocks(), file.samplerate, max_seconds, too_long, where, encoded.name)
+            return _collect(blocks(), file.samplerate, max_seconds, too_long, where, encoded.name, max_decode_seconds)
         except (sf.LibsndfileError, RuntimeError) as error:
             raise MediaError(f"{where}: {encoded.name} is damaged: {error}") from error
 
@@ -77,7 +85,7 @@ def audio_from_array(
         value, own = value if isinstance(value[1], int | np.integer) else (value[1], value[0])
         rate = int(own) if isinstance(own, int | np.integer) else rate
     rate = RATE if rate is None else rate
-    if not isinstance(rate, int) or isinstance(rate, bool) or not 1_000 <= rate <= 768_000:
+    if not isinstance(rate, int) or isinstance(rate, bool) or not LEAST_RATE <= rate <= MOST_RATE:
         raise MediaError(f"{where}: the sampling rate is {rate!r}", hint="a whole number of samples a second")
     array = np.asarray(value)
     if array.ndim == 2:
@@ -98,13 +106,15 @@ def audio_from_array(
     return _collect(blocks, rate, max_seconds, too_long, where, "the audio")
 
 
-def audio_track(encoded: Encoded, max_seconds: float, where: str) -> Samples | None:
-    """The sound of a video, cut at `max_seconds`; None where it has none."""
+def audio_track(
+    encoded: Encoded, max_seconds: float, where: str, max_decode_seconds: float = math.inf
+) -> Samples | None:
+    """The sound of a video, cut at `max_seconds`; None where it has none. Otherwise as `decode_audio`."""
     with open_container(encoded) as container:
         if not container.streams.audio:
             return None
     try:
-        return _decode_with_av(encoded, max_seconds, "trim", where, of_video=True)[0]
+        return _decode_with_av(encoded, max_seconds, "trim", where, max_decode_seconds, of_video=True)[0]
     except _Nothing:
         return None
 
@@ -114,7 +124,12 @@ class _Nothing(MediaError):
 
 
 def _decode_with_av(
-    encoded: Encoded, max_seconds: float, too_long: TooLong, where: str, of_video: bool = False
+    encoded: Encoded,
+    max_seconds: float,
+    too_long: TooLong,
+    where: str,
+    max_decode_seconds: float,
+    of_video: bool = False,
 ) -> tuple[Samples, str]:
     av = need("av", "reading audio")
     try:
@@ -136,14 +151,25 @@ def _decode_with_av(
                     for part in resampler.resample(frame):
                         yield part.to_ndarray().mean(axis=0, dtype=np.float32)
 
-            return _collect(blocks(), rate, max_seconds, too_long, where, encoded.name)
+            return _collect(blocks(), rate, max_seconds, too_long, where, encoded.name, max_decode_seconds)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(f"{where}: {encoded.name} is damaged or no audio: {error}") from error
 
 
 def _collect(
-    blocks: Iterator[Samples], rate: int, max_seconds: float, too_long: TooLong, where: str, name: str
+    blocks: Iterator[Samples],
+    rate: int,
+    max_seconds: float,
+    too_long: TooLong,
+    where: str,
+    name: str,
+    max_decode_seconds: float = math.inf,
 ) -> tuple[Samples, str]:
+    if not LEAST_RATE <= rate <= MOST_RATE:
+        raise MediaError(
+            f"{where}: {name} has a sampling rate of {rate}", hint=f"allowed: {LEAST_RATE:,} to {MOST_RATE:,} a second"
+        )
+    deadline = time.monotonic() + max_decode_seconds
     limit = int(max_seconds * RATE)
     stream = None
     if rate != RATE:
@@ -151,6 +177,10 @@ def _collect(
     parts: list[Samples] = []
     count = 0
     for block in blocks:
+        if time.monotonic() > deadline:
+            raise MediaError(
+                f"{where}: {name} takes more than {max_decode_seconds:g} s to decode", hint="convert it first"
+            )
         if not np.isfinite(block).all():
             raise MediaError(f"{where}: {name} holds samples that are not finite numbers")
         block = stream.resample_chunk(block) if stream is not None else block

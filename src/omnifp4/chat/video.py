@@ -70,6 +70,8 @@ def decode_video(encoded: Encoded, sound: bool, limits: VideoLimits, where: str)
             if not container.streams.video:
                 raise MediaError(f"{where}: {encoded.name} has no picture", hint="pass it as audio")
             stream = container.streams.video[0]
+            # The header is judged here, and each frame by the decoder: a frame may be larger than the header says.
+            stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > limits.max_pixels:
                 raise MediaError(
@@ -92,7 +94,7 @@ def decode_video(encoded: Encoded, sound: bool, limits: VideoLimits, where: str)
         raise MediaError(f"{where}: {encoded.name} is damaged or no video: {error}") from error
     if not chosen:
         raise MediaError(f"{where}: {encoded.name} has no frames: its length is zero")
-    track = audio_track(encoded, limits.max_seconds, where) if sound else None
+    track = audio_track(encoded, limits.max_seconds, where, limits.max_decode_seconds) if sound else None
     note = f"{where}: only the first {limits.max_seconds:g} s of {encoded.name} were read" if cut else ""
     return Video(_stacked(chosen), track), note
 

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from omnifp4.checkpoint.dialects import DIALECTS, Activations, LinearEntries, QuantizationClaim
+from omnifp4.checkpoint.branch import find_branches
+from omnifp4.checkpoint.dialects import DIALECTS, Activations, CodedLinear, LinearEntries, QuantizationClaim
+from omnifp4.checkpoint.dialects import find_coded as find_coded_by_type
 from omnifp4.checkpoint.folder import CONFIG_NAME, LEGACY_QUANT_CONFIG_NAME, read_json
 from omnifp4.checkpoint.header import TensorEntry
 
@@ -23,15 +25,18 @@ MAX_CONFIG_DEPTH: Final = 50
 def find_linears(tensors: Mapping[str, TensorEntry]) -> dict[str, LinearEntries]:
     """The NVFP4 linears among a checkpoint's tensors, by module.
 
-    A module counts if it has codes: a U8 ``X.weight_packed``, or a U8 ``X.weight``; or scales that say it should.
+    Those of `find_coded` are none of them. A module counts if it has codes: a U8 ``X.weight_packed``, or a U8 ``X.weight``; or scales that say it should.
     """
     found: dict[str, LinearEntries] = {}
+    others, branches = find_coded(tensors), find_branches(tensors)
     for dialect in DIALECTS.values():
         for name in tensors:
             if not name.endswith(dialect.packed_suffix):
                 continue
             module = name.removesuffix(dialect.packed_suffix)
             packed = tensors[name]
+            if module in others:
+                continue
             scale = tensors.get(module + dialect.block_scale_suffix)
             if packed.dtype != "U8" and (
                 scale is None or (dialect.packed_suffix == ".weight" and scale.dtype == "F32")
@@ -46,9 +51,16 @@ def find_linears(tensors: Mapping[str, TensorEntry]) -> dict[str, LinearEntries]
                     tensors.get(module + dialect.tensor_scale_suffix),
                     tensors.get(module + dialect.input_scale_suffix),
                     dialect.reciprocal,
+                    branches.get(module),
                 ),
             )
     return found
+
+
+def find_coded(tensors: Mapping[str, TensorEntry]) -> dict[str, CodedLinear]:
+    """The FP8, MXFP4 and INT8 linears among a checkpoint's tensors, by module."""
+    marks = tuple(dialect.tensor_scale_suffix for dialect in DIALECTS.values())
+    return find_coded_by_type(tensors, marks, tuple(dialect.input_scale_suffix for dialect in DIALECTS.values()))
 
 
 def find_claims(config: Mapping[str, Any], folder: Path | None) -> list[QuantizationClaim]:
@@ -73,6 +85,11 @@ def _config_objects(config: Mapping[str, Any], path: str, depth: int = 0) -> Ite
                 yield from _config_objects(value, place, depth + 1)
 
 
+def _is_nvfp4(group: Mapping[str, Any]) -> bool:
+    weights = group.get("weights")
+    return isinstance(weights, dict) and (weights.get("num_bits"), weights.get("group_size")) == (4, 16)
+
+
 def parse_claim(raw: Mapping[str, Any], place: str) -> QuantizationClaim:
     """Read a ``quantization_config``, or the content of a legacy hf_quant_config.json."""
     inner = raw.get("quantization")
@@ -80,10 +97,15 @@ def parse_claim(raw: Mapping[str, Any], place: str) -> QuantizationClaim:
     method = str(raw.get("quant_method", "modelopt" if legacy is not None else "")).lower()
     algorithm = str((legacy or raw).get("quant_algo", "")).upper()
     groups = raw.get("config_groups")
-    group = next((g for g in groups.values() if isinstance(g, dict)), {}) if isinstance(groups, dict) else {}
+    found = [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+    # Where there are several, what is said of NVFP4 counts.
+    group = next((g for g in found if _is_nvfp4(g)), found[0] if found else {})
     stated = group.get("weights")
     weights = stated if isinstance(stated, dict) else {}
-    fp4_inputs = bool(group.get("input_activations")) if group else algorithm == "NVFP4"
+    inputs = group.get("input_activations")
+    fp4_inputs = bool(inputs) if group else algorithm == "NVFP4"
+    if isinstance(inputs, dict) and inputs.get("num_bits", 4) != 4:
+        fp4_inputs = False
     if algorithm.startswith("W4A16"):
         fp4_inputs = False
     size = (legacy or raw).get("group_size", weights.get("group_size"))

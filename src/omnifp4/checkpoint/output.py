@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from omnifp4.checkpoint.dialects.base import StoredTensor
+from omnifp4.checkpoint.dialects.coded import StoredTensor
 from omnifp4.checkpoint.dtypes import DTYPE_BITS, byte_count
 from omnifp4.checkpoint.folder import SINGLE_SHARD_NAME
 from omnifp4.checkpoint.header import build_header

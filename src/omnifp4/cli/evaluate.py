@@ -17,7 +17,19 @@ SENSITIVITY_SAMPLES: Final = 2
 """Of each task, where --samples is not given: every layer is run over all of them."""
 
 
+SHARED: Final = frozenset({"model", "receipt", "as_json", "device", "dtype", "seed"})
+FOR_LM_EVAL: Final = SHARED | {
+    "lm_eval", "against", "server", "server_model", "chat", "few_shot", "task_folder", "limit", "min_accuracy",
+}  # fmt: skip
+FOR_SENSITIVITY: Final = SHARED | {"sensitivity", "each_expert", "against", "data", "samples", "segmented", "cache"}
+ELSEWHERE: Final = (
+    (FOR_LM_EVAL | FOR_SENSITIVITY) - SHARED - {"against", "data", "samples", "segmented", "cache", "min_accuracy"}
+)
+"""Options that a comparison of logits has no use for."""
+
+
 def evaluate(
+    context: typer.Context,
     model: options.Model,
     against: Annotated[
         str | None, typer.Option(metavar="REFERENCE", help="The wide checkpoint that MODEL was made from.")
@@ -39,6 +51,10 @@ def evaluate(
             help="Tell where FP4 hurts: errors by layer and expert, and what each layer costs alone; with --segmented "
             "errors alone, from disk.",
         ),
+    ] = False,
+    each_expert: Annotated[
+        bool,
+        typer.Option("--each-expert", help="With --sensitivity: what each expert costs alone too; a run for each."),
     ] = False,
     speech: Annotated[bool, typer.Option(help="Judge speech too, where both sides have a talker.")] = True,
     floor: Annotated[bool, typer.Option(help="Run the reference twice, for the noise floor.")] = True,
@@ -69,7 +85,13 @@ def evaluate(
     server_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="With --server: the model's name there.")
     ] = None,
-    server_chat: Annotated[bool, typer.Option("--server-chat", help="With --server: use its chat endpoint.")] = False,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="With --lm-eval: ask in the chat template; on a server, at its chat endpoint."),
+    ] = False,
+    few_shot: Annotated[
+        int | None, typer.Option(metavar="N", help="With --lm-eval: examples before each question.")
+    ] = None,
     task_folder: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="With --lm-eval: task files of your own.")
     ] = None,
@@ -94,12 +116,13 @@ def evaluate(
     if lm_eval is not None:
         from omnifp4.evaluation import run_harness
 
+        _refuse(context, FOR_LM_EVAL, "is not for --lm-eval")
         if against is not None:
             raise OmniFP4Error("--lm-eval judges one model", hint="leave --against out, and run it once for each")
         tasks = [task.strip() for task in lm_eval.split(",") if task.strip()]
         harness = run_harness(
-            model, tasks, server=server, server_model=server_model, chat=server_chat, task_folder=task_folder,
-            limit=limit, device=device, dtype=dtype, seed=seed, min_accuracy=min_accuracy,
+            model, tasks, server=server, server_model=server_model, chat=chat, task_folder=task_folder,
+            limit=limit, few_shot=few_shot, device=device, dtype=dtype, seed=seed, min_accuracy=min_accuracy,
         )  # fmt: skip
         _write(receipt, harness.model_dump_json(indent=2))
         output.result(harness, harness_text(harness))
@@ -107,6 +130,7 @@ def evaluate(
             raise typer.Exit(1)
         return
     if sensitivity:
+        _refuse(context, FOR_SENSITIVITY, "is not for --sensitivity")
         if against is None:
             raise OmniFP4Error(
                 "--sensitivity needs --against REFERENCE", hint="the wide checkpoint MODEL was made from"
@@ -117,16 +141,15 @@ def evaluate(
         with output.steps("sensitivity") as steps:
             drawn = draw(
                 model, against=against, data=data, samples=samples or SENSITIVITY_SAMPLES, alone=not segmented,
-                device=device, dtype=dtype, cache=cache, seed=seed, progress=steps,
+                experts=each_expert, device=device, dtype=dtype, cache=cache, seed=seed, progress=steps,
             )  # fmt: skip
         _write(receipt, drawn.model_dump_json(indent=2))
         output.result(drawn, sensitivity_text(drawn))
         return
     if against is None:
         raise OmniFP4Error("evaluate needs --against REFERENCE, or --lm-eval TASKS")
-    for name, value in (("--server", server), ("--task-folder", task_folder), ("--limit", limit)):
-        if value is not None:
-            raise OmniFP4Error(f"{name} is for --lm-eval")
+    every = frozenset(parameter.name or "" for parameter in context.command.params)
+    _refuse(context, every - ELSEWHERE, "is for --lm-eval or --sensitivity")
     from omnifp4.api import evaluate as run
 
     with output.steps("evaluate") as steps:
@@ -140,6 +163,15 @@ def evaluate(
     output.result(found, evaluation_text(found))
     if found.verdict is Verdict.FAIL:
         raise typer.Exit(1)
+
+
+def _refuse(context: typer.Context, allowed: frozenset[str], why: str) -> None:
+    """An option that would be ignored is refused: a limit that never judges looks like one that was met."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name not in allowed and source is not None and source.name == "COMMANDLINE":
+            raise OmniFP4Error(f"{parameter.opts[0]} {why}", hint="leave one of them out")
 
 
 def _write(path: Path | None, text: str) -> None:

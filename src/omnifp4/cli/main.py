@@ -9,7 +9,22 @@ from typing import Final
 
 import typer
 
-from omnifp4.cli import bench, convert, demo, doctor, engine, evaluate, plan, quantize, report, serve, talk, verify
+from omnifp4.cli import (
+    bench,
+    calibrate,
+    convert,
+    dataset,
+    demo,
+    doctor,
+    engine,
+    evaluate,
+    plan,
+    quantize,
+    report,
+    serve,
+    talk,
+    verify,
+)
 from omnifp4.errors import OmniFP4Error, ProofError
 
 INTERRUPTED: Final = 130
@@ -26,6 +41,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
+app.command("dataset")(dataset.dataset)
+app.command("calibrate")(calibrate.calibrate)
 app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)
 app.command("repair")(convert.repair)
@@ -70,8 +87,10 @@ def run() -> None:
         # typer makes an exit status of an interrupt, and says nothing.
         if isinstance(end, SystemExit) and end.code != INTERRUPTED:
             raise
-        resumable = sys.argv[1:2] in (["quantize"], ["convert"], ["repair"])
+        resumable = sys.argv[1:2] in (["quantize"], ["calibrate"], ["convert"], ["repair"])
         more = "; a run with --resume goes on where this one stopped" if resumable else ""
+        if sys.argv[1:2] == ["evaluate"]:
+            more = "; the same command goes on where this one stopped"
         sys.stderr.write(f"interrupted{more}\n")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:

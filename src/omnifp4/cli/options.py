@@ -19,14 +19,41 @@ Model = Annotated[
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to be made; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="nvfp4, nvfp4-mlp or nvfp4-thinker-talker.")]
-Rule = Annotated[str | None, typer.Option("--rule", help="Scale rule: sweep (default), four-over-six or max.")]
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="nvfp4, nvfp4-mlp, nvfp4-thinker-talker; those that look at inputs: nvfp4-w4a4, -importance, -local-hessian, "
+        "-gptq, -awq-lite, -awq-full, -svdquant, -signround, -auto; or a .json file of your own.",
+    ),
+]
+Rule = Annotated[
+    str | None,
+    typer.Option(
+        "--rule",
+        help="Scale rule: sweep (default), four-over-six or max; with statistics also importance or local-hessian.",
+    ),
+]
+StatisticsFile = Annotated[
+    Path | None,
+    typer.Option("--statistics", metavar="FILE", help="What calibrate wrote, for a recipe that looks at inputs."),
+]
+EffectiveBits = Annotated[
+    float | None, typer.Option("--effective-bits", help="Budget of nvfp4-auto in bits a weight; 4.8 if not given.")
+]
+Counted = Annotated[
+    str | None,
+    typer.Option(
+        "--count-bits", metavar="stored|read", help="Budget of nvfp4-auto counts weights once, or as tokens read them."
+    ),
+]
 Components = Annotated[
     list[str] | None,
     typer.Option(
         "--component",
         metavar="NAME=SCHEME",
-        help="Set one component to nvfp4 or bf16; repeat for more. plan lists the names.",
+        help="Set one component to nvfp4, mxfp4, fp8, int8 or bf16; repeat for more. plan lists the names.",
     ),
 ]
 Format = Annotated[str, typer.Option("--format", help="modelopt, compressed-tensors or fake-quant.")]

@@ -100,7 +100,7 @@ def _lines(say: Callable[[str], None], title: str, *, rate: bool = True) -> Call
     def update(done: int, total: int, item: str) -> None:
         nonlocal next_line, started, before
         now = time.monotonic()
-        if done < before:
+        if done < before or not done:
             started = now
         before = done
         if now < next_line or not done or now == started:

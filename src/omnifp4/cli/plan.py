@@ -20,6 +20,9 @@ def plan(
     output_format: options.Format = "modelopt",
     rule: options.Rule = None,
     component: options.Components = None,
+    effective_bits: options.EffectiveBits = None,
+    count_bits: options.Counted = None,
+    statistics: options.StatisticsFile = None,
     max_shard_size: options.ShardSize = "5GB",
     revision: options.Revision = None,
     as_json: options.Json = False,
@@ -37,6 +40,9 @@ def plan(
         components=component or (),
         format=output_format,
         max_shard_bytes=options.parse_size(max_shard_size),
+        effective_bits=effective_bits,
+        counted=count_bits,
+        statistics=statistics,
         revision=revision,
     )
     output.result(receipt, plan_text(receipt))

@@ -6,11 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from omnifp4.checkpoint.artifact import find_claims, find_linears
-from omnifp4.checkpoint.dialects import DIALECTS, Activations, Dialect, LinearEntries, QuantizationClaim
+from omnifp4.checkpoint.artifact import find_claims, find_coded, find_linears
+from omnifp4.checkpoint.dialects import (
+    DIALECTS,
+    Activations,
+    CodedLinear,
+    Dialect,
+    LinearEntries,
+    QuantizationClaim,
+)
 from omnifp4.checkpoint.dtypes import WIDE_FLOATS
 from omnifp4.checkpoint.folder import Checkpoint
 from omnifp4.checkpoint.header import TensorEntry
+from omnifp4.formats.scheme import Scheme
 from omnifp4.models import layout_for
 from omnifp4.models.base import Layout, TensorSpec
 
@@ -39,6 +47,16 @@ class Artifact:
     layout: Layout
     linears: Mapping[str, LinearEntries]
     claims: tuple[QuantizationClaim, ...]
+
+    @cached_property
+    def coded(self) -> dict[str, CodedLinear]:
+        """The linears in FP8, MXFP4 and INT8, by module."""
+        return find_coded(self.checkpoint.tensors)
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of every quantized linear, by module, in layout order."""
+        return {m: self.coded[m].scheme if m in self.coded else Scheme.NVFP4 for m in self.quantized_modules}
 
     @cached_property
     def dialect(self) -> Dialect:
@@ -71,20 +89,22 @@ class Artifact:
 
     @cached_property
     def parts(self) -> frozenset[str]:
-        """Names of the tensors that make up NVFP4 linears."""
-        return frozenset(entry.name for linear in self.linears.values() for entry in linear_entries(linear))
+        """Names of the tensors that make up quantized linears."""
+        nvfp4 = (entry.name for linear in self.linears.values() for entry in linear_entries(linear))
+        return frozenset(nvfp4) | {entry.name for linear in self.coded.values() for entry in linear.entries}
 
     @cached_property
     def logical_names(self) -> frozenset[str]:
         """Names as a wide checkpoint has them: a linear's weight in place of its parts."""
         names = set(self.checkpoint.tensors) - self.parts
-        return frozenset(names | {f"{module}.weight" for module in self.linears})
+        return frozenset(names | {f"{module}.weight" for module in (*self.linears, *self.coded)})
 
     @cached_property
     def quantized_modules(self) -> list[str]:
-        """Modules of the NVFP4 linears, in layout order."""
-        known = [module for module in self.specs if module in self.linears]
-        return known + [module for module in self.linears if module not in self.specs]
+        """Modules of the quantized linears, in layout order."""
+        modules = {**dict.fromkeys(self.linears), **dict.fromkeys(self.coded)}
+        known = [module for module in self.specs if module in modules]
+        return known + [module for module in modules if module not in self.specs]
 
     @cached_property
     def wide_modules(self) -> list[str]:
@@ -94,7 +114,8 @@ class Artifact:
         for name, shape in shapes.items():
             if form := self.layout.fused_form(name, shape, shapes):
                 present.update(form.expert_tensor(e, part) for e in range(form.shape[0]) for part in form.parts)
-        known = [m for m, spec in self.specs.items() if spec.name in present and m not in self.linears]
+        quantized = {*self.linears, *self.coded}
+        known = [m for m, spec in self.specs.items() if spec.name in present and m not in quantized]
         others = [
             name.removesuffix(".weight")
             for name in self.layout.unknown(self.checkpoint.tensors)

@@ -21,6 +21,7 @@ from omnifp4.checkpoint.staging import Staging, refuse_existing
 from omnifp4.checkpoint.units import Progress, check_free_space, output_error
 from omnifp4.conversion.artifact import Artifact, in_file_order, read_artifact
 from omnifp4.conversion.cache_scheme import cache_name, cache_scheme
+from omnifp4.conversion.calibrated import refuse_branches
 from omnifp4.conversion.inspection import LinearState, inspect_linears
 from omnifp4.conversion.packaging import producer, without_claims, write_package
 from omnifp4.conversion.rounding import settle_roundings
@@ -61,7 +62,9 @@ class Translation:
     def config(self) -> dict[str, Any]:
         """The new config.json."""
         config = without_claims(self.artifact.checkpoint.config)
-        quantization = self.target.quantization_config(self.artifact.activations, self.ignore(), producer())
+        quantization = self.target.quantization_config(
+            self.artifact.activations, self.ignore(), producer(), self.artifact.schemes
+        )
         if self.cache is not None:
             quantization["kv_cache_scheme"] = self.cache
         return {**config, "quantization_config": quantization}
@@ -113,7 +116,9 @@ def convert(
         raise RecipeError(f"format {output_format!r} is unknown; known are {', '.join(DIALECTS)}")
     refuse_existing(out)
     count = threads or len(os.sched_getaffinity(0))
-    artifact = read_artifact(open_checkpoint(source))
+    checkpoint = open_checkpoint(source)
+    refuse_branches(checkpoint)
+    artifact = read_artifact(checkpoint)
     with CheckpointReader(artifact.checkpoint) as reader:
         translation = plan_translation(artifact, DIALECTS[output_format], reader, count, max_shard_bytes)
         planned = plan_shards(translation.shards)
@@ -187,6 +192,11 @@ def _new_names(
         if state.input_scale is not None:
             same = target.reciprocal == linear.reciprocal
             scalars[stored[3].name] = state.input_scale if same else translate_input(state.input_scale)
+    for module, coded in artifact.coded.items():
+        form = target.coded_forms[coded.scheme]
+        assert coded.scale is not None
+        for tensor, entry in zip(form.stored(module, coded.shape), (coded.codes, coded.scale), strict=False):
+            names[entry.name], copies[tensor.name] = tensor, entry
     for name, entry in artifact.checkpoint.tensors.items():
         if name not in names:
             names[name] = _copied(entry, target)

@@ -17,6 +17,7 @@ from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.checkpoint.staging import Staging, refuse_existing
 from omnifp4.checkpoint.units import Progress, check_free_space, output_error
 from omnifp4.conversion.artifact import Artifact, read_artifact
+from omnifp4.conversion.calibrated import refuse_branches, refuse_folds
 from omnifp4.conversion.checksums import changed_tensors
 from omnifp4.conversion.inspection import inspect_linears
 from omnifp4.conversion.judge_config import judge_claim, settle_speech
@@ -76,7 +77,9 @@ def repair(
         if with_source is not None:
             wide = open_original(with_source)
             original = Original(wide, stack.enter_context(CheckpointReader(wide.checkpoint)))
+            refuse_folds(source)
         patient, treatment = examine(source, original, estimate=estimate, threads=count, stack=stack)
+        refuse_branches(patient.artifact.checkpoint)
         receipt = _receipt(patient, treatment, source)
         if receipt.outcome is not RepairOutcome.MENDED:
             return receipt.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
@@ -109,6 +112,12 @@ def examine(
     opened = open_leniently(source, ledger)
     checkpoint = settle_settings(opened.checkpoint, original, ledger)
     artifact = read_artifact(settle_speech(checkpoint, original, ledger))
+    if artifact.coded:
+        schemes = " and ".join(dict.fromkeys(linear.scheme.value for linear in artifact.coded.values()))
+        raise CheckpointError(
+            f"{source}: {len(artifact.coded):,} of its linears are in {schemes}, and repair mends NVFP4 alone",
+            hint="quantize again: omnifp4 quantize MODEL OUT",
+        )
     reader = stack.enter_context(CheckpointReader(artifact.checkpoint))
     weight_map = opened.weight_map or {}
     if not artifact.linears:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from omnifp4.decoding.engine import DecodingError
 from omnifp4.kernels.cuda.decoder import CODE_FACTOR, Matrix
 from omnifp4.kernels.cuda.shapes import DecoderShape
+from omnifp4.runtime.coded import why_not_coded
 from omnifp4.runtime.packed import NVFP4Linear, PackedExperts, PackedModule
 
 LARGEST_SCALE_BITS = 0x7E
@@ -100,6 +101,8 @@ def why_not(model: Any) -> str:
     text = thinker.get_decoder() if hasattr(thinker, "get_decoder") else None
     if text is None or not hasattr(text, "layers") or not hasattr(thinker, "lm_head"):
         return "it has no text decoder of a kind that is known"
+    if reason := why_not_coded(text) or why_not_coded(thinker.lm_head):
+        return reason
     try:
         if reason := shape_of(model).why_not():
             return reason
@@ -119,6 +122,8 @@ def why_not(model: Any) -> str:
         if getattr(attention, "sliding_window", None) or not hasattr(attention, "q_norm"):
             return f"layer {number}'s attention has a sliding window or no norm of queries and keys"
         parts = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        if any(getattr(part, "has_branch", False) for part in (*parts, layer.mlp.experts)):
+            return f"layer {number} has low-rank branches beside its FP4 weights, and the kernels compute none"
         if any(part.bias is not None for part in parts):
             return f"layer {number}'s attention has biases"
         if len({isinstance(part, NVFP4Linear) for part in parts[:3]}) > 1:
@@ -212,13 +217,15 @@ def _shared(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0].detach()
     if len(tensors) == 1:
         return first.contiguous()
-    end, width = first.data_ptr(), first.shape[1] * first.element_size()
+    # An engine joined them before: views of one storage, each where the last one ends. Neighbours by chance, in storages
+    # of their own, are not joined: no view reaches over both.
+    end, width, storage = first.data_ptr(), first.shape[1] * first.element_size(), first.untyped_storage().data_ptr()
     for tensor in tensors:
-        if tensor.data_ptr() != end or not tensor.is_contiguous():
+        joined = tensor.data_ptr() == end and tensor.untyped_storage().data_ptr() == storage
+        if not joined or not tensor.is_contiguous():
             return torch.cat([one.detach() for one in tensors])
         end += tensor.shape[0] * width
     rows = sum(tensor.shape[0] for tensor in tensors)
-    # An engine joined them before.
     return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 

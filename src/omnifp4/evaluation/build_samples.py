@@ -37,9 +37,10 @@ class Counts:
 
     Attributes:
         pictures, recordings: of each digit (recordings: of each digit and speaker).
-        pairs: of each operation and pair of kinds.
+        pairs: of each comparison and pair of kinds of media; twice as many additions.
         arithmetic, repeat, continued: in text.
-        spoken: digits whose answer is spoken too.
+        spoken: digits whose answer is spoken too, half of them seen and half heard.
+        long: repetitions of eight digits that are spoken too.
     """
 
     pictures: int
@@ -49,10 +50,15 @@ class Counts:
     repeat: int
     continued: int
     spoken: int
+    long: int
 
 
-BUNDLED: Final = Counts(pictures=10, recordings=2, pairs=8, arithmetic=20, repeat=20, continued=32, spoken=20)
-ALL: Final = Counts(pictures=1000, recordings=5, pairs=100, arithmetic=200, repeat=200, continued=200, spoken=200)
+BUNDLED: Final = Counts(
+    pictures=13, recordings=2, pairs=17, arithmetic=100, repeat=100, continued=32, spoken=30, long=4
+)
+ALL: Final = Counts(
+    pictures=1000, recordings=5, pairs=60, arithmetic=300, repeat=300, continued=200, spoken=200, long=20
+)
 
 Medium = tuple[str, str, int]
 """Kind (``image`` or ``audio``), file name, digit."""
@@ -154,7 +160,8 @@ def _pairs(
 ) -> Iterator[dict[str, Any]]:
     for kinds in ((pictures, sounds), (pictures, pictures), (sounds, sounds)):
         for task, asked, work in PAIRS_ASKED:
-            for _ in range(counts.pairs):
+            # Two comparisons share a task; one addition has its own.
+            for _ in range(counts.pairs * (2 if task == "add" else 1)):
                 media = [draw.choice(kind) for kind in kinds]
                 draw.shuffle(media)
                 value = work(media[0][2], media[1][2])
@@ -180,7 +187,7 @@ def _text(draw: random.Random, texts: list[Path], counts: Counts) -> Iterator[di
             "messages": _message([], f"Repeat: {digits}"),
             "answer": digits,
         }
-        yield line | ({"speak": True} if number % 8 == 7 else {})
+        yield line | ({"speak": True} if number % 8 == 7 and number // 8 < counts.long else {})
     for number, (before, after) in enumerate(_continued(draw, texts, counts.continued)):
         yield {"id": f"continue {number}", "messages": _message([], f"Continue: {before}"), "answer": after}
 

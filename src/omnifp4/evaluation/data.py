@@ -75,6 +75,26 @@ def read_data(data: str | Path) -> tuple[Sample, ...]:
     return found
 
 
+def limited(samples: tuple[Sample, ...], most: int | None) -> tuple[Sample, ...]:
+    """The first so many samples of each task and modality, spoken or not; None keeps all.
+
+    Raises:
+        OmniFP4Error: fewer than one.
+    """
+    if most is None:
+        return samples
+    if most < 1:
+        raise OmniFP4Error(f"--samples is {most}", hint="1 or more")
+    seen: dict[tuple[str, str, bool], int] = {}
+    kept = []
+    for sample in samples:
+        group = (sample.task, sample.modality, sample.speak)
+        seen[group] = seen.get(group, 0) + 1
+        if seen[group] <= most:
+            kept.append(sample)
+    return tuple(kept)
+
+
 def read_media(sample: Sample) -> list[Message]:
     """The sample's messages with decoded media.
 
@@ -112,7 +132,7 @@ def _sample(value: Mapping[str, Any], number: int, where: str, home: Path) -> Sa
     try:
         messages = normalise(value.get("messages", []))
         answer = value.get("answer")
-        if messages[-1]["role"] == "assistant" and answer is None:
+        if messages[-1]["role"] == "assistant" and answer is None and len(messages) > 1:
             answer = _plain_text(messages.pop())
         check_last(messages)
     except ChatError as error:
@@ -121,6 +141,8 @@ def _sample(value: Mapping[str, Any], number: int, where: str, home: Path) -> Sa
         raise OmniFP4Error(f"{where}: the answer is empty", hint="leave it out, or give what the model should say")
     if value.get("task") and answer is None:
         raise OmniFP4Error(f"{where}: a task needs an answer to be judged by")
+    if value.get("speak") and answer is None:
+        raise OmniFP4Error(f"{where}: there is no answer that could be spoken", hint="give one, or leave speak out")
     messages = [_located(message, where, home) for message in messages]
     kinds = {part["type"] for message in messages for part in message["content"] if part["type"] in MEDIA}
     modality = "text" if not kinds else kinds.pop() if len(kinds) == 1 else MIXED
@@ -139,7 +161,11 @@ def _located(message: Message, where: str, home: Path) -> Message:
     parts = []
     for part in message["content"]:
         source = part.get(part["type"]) if part["type"] in MEDIA else None
-        if isinstance(source, str) and not source.startswith(("data:", "http:", "https:")):
+        if isinstance(source, str) and source.startswith(("http:", "https:")):
+            raise OmniFP4Error(
+                f"{where}: {part['type']} {source[:80]!r} is on the network", hint="download it, and name the file"
+            )
+        if isinstance(source, str) and not source.startswith("data:"):
             found = home / source.removeprefix("file://")
             if not found.is_file():
                 raise OmniFP4Error(f"{where}: {part['type']} {source!r} is missing: no file {found}")

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnifp4.chat.errors import ChatError
 from omnifp4.chat.inputs import build_inputs, special_tokens
+from omnifp4.chat.messages import normalise
 from omnifp4.errors import OmniFP4Error
 from omnifp4.evaluation.data import Sample, read_media
 
@@ -53,11 +55,18 @@ def encode(sample: Sample, processor: Any, config: Any) -> EncodedSample:
     Raises:
         OmniFP4Error: a medium cannot be read, the sequence is too long, or nothing in it can be scored.
     """
+    markers = sorted(special_tokens(processor))
+    try:
+        normalise(list(sample.messages), markers=markers)
+    except ChatError as error:
+        raise OmniFP4Error(f"sample {sample.name!r}: {error}") from error
     inputs = build_inputs(SimpleNamespace(config=config), processor, read_media(sample), device="cpu")
     tensors = dict(inputs.tensors)
     prompt = tensors["input_ids"]
     prompt_tokens = int(prompt.shape[1])
     if sample.answer is not None:
+        if marker := next((one for one in markers if one in sample.answer), None):
+            raise OmniFP4Error(f"sample {sample.name!r} has the marker {marker!r} in its answer", hint="leave it out")
         ids = processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
         said = prompt.new_tensor([[*ids, config.im_end_token_id]])
         tensors["input_ids"] = torch.cat([prompt, said], dim=1)

@@ -20,6 +20,7 @@ from omnifp4.evaluation.encoding import EncodedSample
 from omnifp4.evaluation.fp4_units import Member
 from omnifp4.evaluation.sides import ATTENTION
 from omnifp4.evaluation.store import Store
+from omnifp4.runtime.coded import SchemeExperts, SchemeLinear, decode
 from omnifp4.runtime.packed import NVFP4Linear, PackedExperts
 from omnifp4.segments import LayerVisit, run_segments
 from omnifp4.segments.loading import PartLoader
@@ -104,7 +105,7 @@ class LayerErrors:
         for member in here:
             relative = member.path.removeprefix(f"{root}.")
             packed, wide = part.module.get_submodule(relative), visit.module.get_submodule(relative)
-            if isinstance(packed, PackedExperts):
+            if isinstance(packed, PackedExperts | SchemeExperts):
                 self._experts(visit, member, packed, wide)
             else:
                 self._linear(visit, member, packed, wide)
@@ -123,7 +124,7 @@ class LayerErrors:
         x = visit.inputs[member.name].float()
         self.found[place].judge(x @ _weight(wide).float().T, x @ self._weights[member.name].float().T)
 
-    def _experts(self, visit: LayerVisit, member: Member, packed: PackedExperts, wide: Any) -> None:
+    def _experts(self, visit: LayerVisit, member: Member, packed: PackedExperts | SchemeExperts, wide: Any) -> None:
         if visit.sample == 0:
             for expert in range(packed.num_experts):
                 weights = dequantized_expert(packed, expert)
@@ -187,13 +188,18 @@ def fp4_errors(
 
 def dequantized(module: nn.Module) -> Tensor:
     """The weight of a packed linear, BF16 ``[out, in]``."""
-    assert isinstance(module, NVFP4Linear)
+    assert isinstance(module, NVFP4Linear | SchemeLinear)
     return module.weight
 
 
-def dequantized_expert(experts: PackedExperts, expert: int) -> tuple[Tensor, Tensor]:
+def dequantized_expert(experts: PackedExperts | SchemeExperts, expert: int) -> tuple[Tensor, Tensor]:
     """Gate over up ``[2 I, H]`` and down ``[H, I]`` of one packed expert, BF16."""
-    unpack = experts.backend.dequantize
+    if isinstance(experts, SchemeExperts):
+        form = experts.form
+        return (
+            decode(*experts.gate_up(expert), form, torch.bfloat16), decode(*experts.down(expert), form, torch.bfloat16)
+        )  # fmt: skip
+    unpack = experts.backend.whole
     return unpack(experts.gate_up(expert), torch.bfloat16), unpack(experts.down(expert), torch.bfloat16)
 
 

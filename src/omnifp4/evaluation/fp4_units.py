@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from math import prod
+from typing import Final
 
+from omnifp4.checkpoint.dialects import CodedLinear, LinearEntries
 from omnifp4.checkpoint.folder import Checkpoint
 from omnifp4.errors import CheckpointError
 from omnifp4.models import layout_for
 from omnifp4.runtime.names import OPTIONAL_PARTS
-from omnifp4.runtime.placement import EXPERT_NAME, place
+from omnifp4.runtime.placement import EXPERT_NAME, CodedExpertsPlace, CodedPlace, ExpertsPlace, LinearPlace, place
 from omnifp4.segments.skeleton import Skeleton
 
 LAYER: Final = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
@@ -38,11 +40,18 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Members that are judged together: a component, one layer of it (`layer` is its number), or all (no component)."""
+    """What is judged together: a component, one layer of it, one expert of that layer, or all (no component).
+
+    Attributes:
+        layer: number from 0; None for a whole component.
+        members: of it; the experts of the layer where only one of them is meant.
+        expert: number from 0; None where all of the members are meant.
+    """
 
     component: str
     layer: int | None
     members: tuple[Member, ...]
+    expert: int | None = None
 
 
 def fp4_members(skeleton: Skeleton, checkpoint: Checkpoint) -> tuple[Member, ...]:
@@ -67,34 +76,34 @@ def fp4_members(skeleton: Skeleton, checkpoint: Checkpoint) -> tuple[Member, ...
         layer = LAYER.search(name)
         return Member(name, path, spec.component.name, int(layer[1]) if layer else None, len(weights), parameters)
 
-    def count(source: Any) -> int:
-        return int(source.packed.parameters) * 2
+    def count(source: LinearEntries | CodedLinear) -> int:
+        return int(source.packed.parameters) * 2 if isinstance(source, LinearEntries) else prod(source.shape)
 
+    linears: list[LinearPlace | CodedPlace] = [*placement.linears, *placement.coded]
     found = [
-        member(place.source.module, place.module, [place.source.module], count(place.source))
-        for place in placement.linears
+        member(linear.source.module, linear.module, [linear.source.module], count(linear.source)) for linear in linears
     ]
-    for experts in placement.experts:
+    layers: list[ExpertsPlace | CodedExpertsPlace] = [*placement.experts, *placement.coded_experts]
+    for experts in layers:
         match = EXPERT_NAME.fullmatch(experts.gate[0].module)
         assert match is not None
-        sources = [*experts.gate, *experts.up, *experts.down]
+        sources: list[LinearEntries | CodedLinear] = [*experts.gate, *experts.up, *experts.down]
         parameters = sum(map(count, sources))
         found.append(member(match["experts"], experts.module, [source.module for source in sources], parameters))
     if not found:
         raise CheckpointError(
-            f"{checkpoint.location}: nothing of its thinker is in FP4",
+            f"{checkpoint.location}: nothing of its thinker is quantized",
             hint="--component NAME=nvfp4 of quantize puts a component there",
         )
     return tuple(found)
 
 
 def outside_thinker(checkpoint: Checkpoint) -> bool:
-    """Whether linears of talker or code2wav are in FP4 too."""
-    from omnifp4.checkpoint.artifact import find_linears
+    """Whether linears of talker or code2wav are quantized too."""
+    from omnifp4.checkpoint.artifact import find_coded, find_linears
 
-    return any(
-        name.startswith(tuple(f"{part}." for part in OPTIONAL_PARTS)) for name in find_linears(checkpoint.tensors)
-    )
+    names = (*find_linears(checkpoint.tensors), *find_coded(checkpoint.tensors))
+    return any(name.startswith(tuple(f"{part}." for part in OPTIONAL_PARTS)) for name in names)
 
 
 def units(members: tuple[Member, ...]) -> tuple[Unit, ...]:

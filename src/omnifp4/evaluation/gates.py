@@ -43,6 +43,30 @@ class Limits:
                 allowed = "0 or more" if most > 1 else "0 to 1"
                 raise OmniFP4Error(f"{option(field.name)} is {value}", hint=f"allowed: {allowed}")
 
+    @property
+    def is_empty(self) -> bool:
+        """No limit is set."""
+        return not any(getattr(self, field.name) is not None for field in fields(self))
+
+    def check_data(self, *, tasks: bool, digits: bool, speech: bool) -> None:
+        """Refuse a limit that will have nothing to judge, before anything is run.
+
+        Args:
+            tasks: the data has tasks.
+            digits: single digits are spoken, which count as a task too.
+            speech: something is spoken.
+
+        Raises:
+            OmniFP4Error: naming the option.
+        """
+        there = {"min_accuracy": tasks or digits, "max_accuracy_loss": tasks or digits, "min_code_agreement": speech}
+        for name, something in there.items():
+            if getattr(self, name) is not None and not something:
+                raise OmniFP4Error(
+                    f"{option(name)} has nothing to judge",
+                    hint="nothing is spoken" if name == "min_code_agreement" else "give samples a task and an answer",
+                )
+
 
 def option(name: str) -> str:
     """The command line's name of a limit."""
@@ -55,28 +79,31 @@ def judge(
     tasks: Iterable[TaskResult],
     speech: SpeechResult | None,
 ) -> tuple[Gate, ...]:
-    """Every limit that is set, with what it met; and in any case that no position of the model is not finite.
+    """Every limit that is set, with what it met; and, set or not, that everything the model gave is finite.
 
-    Raises:
-        OmniFP4Error: a limit has nothing to be met by.
+    Spoken digits that are understood count as right answers of a task.
     """
     modalities, tasks = tuple(modalities), tuple(tasks)
-    bad = sum(one.model.non_finite for one in modalities)
-    gates = []
-    if bad:
-        worst = max(modalities, key=lambda one: one.model.non_finite)
-        gates.append(
-            Gate(option="non-finite positions", limit=0, value=bad, where=worst.modality, verdict=Verdict.FAIL)
-        )
+    accuracies = [(one.model, one.reference, one.task) for one in tasks]
+    if speech is not None and (heard := speech.recognition) is not None:
+        accuracies.append((heard.model, heard.reference, "speech understood"))
     figures: dict[str, list[tuple[float, str]]] = {
         "max_kl": [(one.model.kl_mean.value, one.modality) for one in modalities],
         "min_top1": [(one.model.top1_agreement.value, one.modality) for one in modalities],
         "max_ppl_ratio": [(one.model.perplexity_ratio.value, one.modality) for one in modalities],
-        "min_accuracy": [(one.model, one.task) for one in tasks],
-        "max_accuracy_loss": [(one.reference - one.model, one.task) for one in tasks],
+        "min_accuracy": [(model, task) for model, _, task in accuracies],
+        "max_accuracy_loss": [(reference - model, task) for model, reference, task in accuracies],
         "min_code_agreement": [(speech.code_agreement.value, "speech")] if speech is not None else [],
     }
-    return (*gates, *_gates(limits, figures))
+    bad = [
+        Gate(option=f"non-finite {what}", limit=0, value=count, where=where, verdict=Verdict.FAIL)
+        for what, count, where in (
+            *(("positions", one.model.non_finite, one.modality) for one in modalities),
+            *((("utterances", speech.non_finite, "speech"),) if speech is not None else ()),
+        )
+        if count
+    ]
+    return (*bad, *_gates(limits, figures))
 
 
 def _gates(limits: Limits, figures: dict[str, list[tuple[float, str]]]) -> Iterator[Gate]:
@@ -84,10 +111,6 @@ def _gates(limits: Limits, figures: dict[str, list[tuple[float, str]]]) -> Itera
         limit = getattr(limits, name)
         if limit is None:
             continue
-        if not found:
-            raise OmniFP4Error(
-                f"{option(name)} has nothing to judge", hint="the data has no tasks, or nothing was spoken"
-            )
         value, where = (max if name.startswith("max") else min)(found)
         # A difference of two shares is known to about 16 digits only.
         kept = value <= limit + 1e-12 if name.startswith("max") else value >= limit - 1e-12

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from omnifp4.checkpoint.folder import Checkpoint
+from omnifp4.errors import CheckpointError
 from omnifp4.evaluation.encoding import EncodedSample
 from omnifp4.evaluation.sides import ATTENTION, OTHER_ATTENTION
 from omnifp4.receipt.evaluation import LayerDifference
@@ -24,11 +25,13 @@ class _Sums:
 
     def __init__(self) -> None:
         self.error = self.power = self.cosines = 0.0
-        self.positions = self.same = self.choices = 0
+        self.positions = self.same = self.choices = self.non_finite = 0
 
     def add(self, mine: Tensor, theirs: Tensor) -> None:
-        """States ``[tokens, hidden]``."""
-        mine, theirs = mine.to(torch.float64), theirs.to(mine.device, torch.float64)
+        """States ``[tokens, hidden]``; positions where mine are not finite are counted and left out."""
+        finite = mine.isfinite().all(dim=-1)
+        self.non_finite += int((~finite).sum())
+        mine, theirs = mine[finite].to(torch.float64), theirs.to(mine.device)[finite].to(torch.float64)
         self.error += float((mine - theirs).square().sum())
         self.power += float(theirs.square().sum())
         self.cosines += float(torch.cosine_similarity(mine, theirs, dim=-1).sum())
@@ -42,7 +45,7 @@ class _Sums:
 
     @property
     def relative_error(self) -> float:
-        return math.sqrt(self.error / self.power)
+        return math.sqrt(self.error / self.power) if self.power else 0.0
 
 
 def compare_layers(
@@ -67,7 +70,8 @@ def compare_layers(
         tell: called with bytes of weights used, bytes in all, and the part.
 
     Raises:
-        OmniFP4Error: the checkpoints have fewer layers, or cannot run in segments.
+        OmniFP4Error: the checkpoints have fewer layers, cannot run in segments, or the reference's states (or all of the
+            model's after a layer) are no numbers.
     """
     tokens = [int(sample.tensors["input_ids"].shape[1]) for sample in samples]
     hidden = int(reference.config["thinker_config"]["text_config"]["hidden_size"])
@@ -82,6 +86,12 @@ def compare_layers(
         if second:
             noise[visit.layer].add(visit.after[0], kept[visit.layer].read(sample)[0])
             return
+        if not bool(visit.after.isfinite().all()):
+            raise CheckpointError(
+                f"{reference.location}: the reference's states of sample {samples[sample].sample.name!r} are not finite after "
+                f"layer {visit.layer}",
+                hint="omnifp4 verify tells whether its weights are damaged; or try --dtype float32",
+            )
         kept[visit.layer].write(sample, visit.after, 0)
         if visit.routing is not None:
             chosen[visit.layer, sample] = visit.routing.experts.cpu()
@@ -101,6 +111,12 @@ def compare_layers(
         model, samples, device=device, dtype=dtype, attention=ATTENTION, layers=layers, on_layer=of_model,
         progress=lambda done, total, item: tell(done, total, f"model, {item}"),
     )  # fmt: skip
+    for number, one in enumerate(judged):
+        if not one.positions:
+            raise CheckpointError(
+                f"{model.location}: its states are not finite at any position after layer {number}: its weights are damaged",
+                hint=f"omnifp4 verify {model.location}",
+            )
     return tuple(
         LayerDifference(
             layer=number,
@@ -108,6 +124,7 @@ def compare_layers(
             cosine=one.cosines / one.positions,
             routing_agreement=one.same / one.choices if one.choices else None,
             floor=noise[number].relative_error if floor else None,
+            non_finite=one.non_finite,
         )
         for number, one in enumerate(judged)
     )

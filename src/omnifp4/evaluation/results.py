@@ -8,7 +8,7 @@ import numpy as np
 
 from omnifp4.evaluation.distributions import Scores
 from omnifp4.evaluation.encoding import EncodedSample
-from omnifp4.evaluation.statistics import mean_estimate, ratio_estimate
+from omnifp4.evaluation.statistics import paired_share_difference, ratio_estimate
 from omnifp4.receipt.evaluation import Divergence, ModalityResult, TaskResult
 
 ORDER = ("text", "image", "audio", "video", "mixed")
@@ -76,12 +76,7 @@ def divergence(reference: Sequence[Scores], side: Sequence[Scores], *, seed: int
 
 
 def task_results(
-    samples: Sequence[EncodedSample],
-    reference: Sequence[Scores],
-    model: Sequence[Scores],
-    floor: Sequence[Scores],
-    *,
-    seed: int,
+    samples: Sequence[EncodedSample], reference: Sequence[Scores], model: Sequence[Scores], floor: Sequence[Scores]
 ) -> tuple[TaskResult, ...]:
     """Right answers by task; arguments as in `modality_results`.
 
@@ -103,7 +98,7 @@ def task_results(
                 reference=float(before.mean()),
                 model=float(after.mean()),
                 floor=None if noise is None else float(np.mean(noise)),
-                difference=mean_estimate(after.astype(np.float64) - before, seed=seed),
+                difference=paired_share_difference(before, after),
                 lost=int((before & ~after).sum()),
                 gained=int((after & ~before).sum()),
             )

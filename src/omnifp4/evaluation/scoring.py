@@ -59,8 +59,8 @@ def score_reference(
         kept = store.read(sample.sha256)
         second = store.read(f"{sample.sha256}-floor") if floor else None
         if kept is not None and (second is not None or not floor):
-            found[number] = (_distributions(kept), _scores(kept, "own_"))
-            floors[number] = None if second is None else _scores(second, "")
+            found[number] = (read_distributions(kept), read_scores(kept, "own_"))
+            floors[number] = None if second is None else read_scores(second)
     missing = [number for number, one in enumerate(found) if one is None]
     requests: list[tuple[int, Request]] = []
     for number in missing:
@@ -80,7 +80,9 @@ def score_reference(
                 )
             own = compare(made, logits, sample.targets)
             found[number] = (made, own)
-            store.write(sample.sha256, _arrays(made) | {f"own_{key}": value for key, value in vars(own).items()})
+            store.write(
+                sample.sha256, distribution_arrays(made) | {f"own_{key}": value for key, value in vars(own).items()}
+            )
         else:
             before = found[number]
             assert before is not None
@@ -109,7 +111,7 @@ def score_model(
     found: list[Scores | None] = [None] * len(samples)
     for number, sample in enumerate(samples):
         if (kept := store.read(sample.sha256)) is not None:
-            found[number] = _scores(kept, "")
+            found[number] = read_scores(kept)
     requests: list[tuple[int, Request]] = [
         (number, (samples[number], ATTENTION)) for number, one in enumerate(found) if one is None
     ]
@@ -137,21 +139,26 @@ def _run(
         part = requests
         side.run([request for _, request in part], on_logits)
         return
+    # The rate of what follows is not that of the loading.
+    tell(0, len(requests), "loaded")
     for first in range(0, len(requests), SAMPLES_AT_ONCE):
         part = requests[first : first + SAMPLES_AT_ONCE]
         side.run([request for _, request in part], on_logits)
         tell(first + len(part), len(requests), part[-1][1][0].sample.name)
 
 
-def _arrays(made: Distributions) -> dict[str, Any]:
+def distribution_arrays(made: Distributions) -> dict[str, Any]:
+    """As a store keeps them."""
     return {key: value for key, value in vars(made).items() if value is not None}
 
 
-def _distributions(arrays: Arrays) -> Distributions:
+def read_distributions(arrays: Arrays) -> Distributions:
+    """What `distribution_arrays` gave to a store."""
     names = ("log_probabilities", "log_rest", "likeliest", "log_target", "finite")
     return Distributions(**{name: arrays[name] for name in names}, tokens=arrays.get("tokens"))
 
 
-def _scores(arrays: Arrays, prefix: str) -> Scores:
+def read_scores(arrays: Arrays, prefix: str = "") -> Scores:
+    """Scores that a store kept under names with a prefix."""
     names = ("kl", "agrees", "right", "log_target", "finite")
     return Scores(**{name: np.asarray(arrays[prefix + name]) for name in names})

@@ -7,8 +7,8 @@ it grows along a long utterance shows in quarters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,19 +26,18 @@ from omnifp4.decoding.speech_engine import engine_for
 from omnifp4.decoding.speech_sampling import CodeSampling
 from omnifp4.decoding.speech_steps import read_prompt
 from omnifp4.decoding.talker_opening import Opening, assemble, written_text
-from omnifp4.errors import CheckpointError
-from omnifp4.evaluation.distributions import Distributions, compare, summarise
+from omnifp4.errors import CheckpointError, OmniFP4Error
+from omnifp4.evaluation.distributions import Distributions, Scores, compare, summarise
 from omnifp4.evaluation.encoding import EncodedSample
-from omnifp4.evaluation.statistics import ratio_estimate
-from omnifp4.evaluation.store import Store
-from omnifp4.receipt.evaluation import Recognition, SpeechResult
+from omnifp4.evaluation.listening import Listener
+from omnifp4.evaluation.scoring import distribution_arrays, read_distributions, read_scores
+from omnifp4.evaluation.sides import ATTENTION, OTHER_ATTENTION
+from omnifp4.evaluation.store import Arrays, Store
 
 FRAMES_A_TOKEN: Final = 12
 """A second: more than a spoken digit takes, and so an end to a talker that finds none."""
-QUARTERS: Final = 4
 
-Listener = Callable[[npt.NDArray[np.float32]], str]
-"""Waveform at 24 kHz to what a classifier of real recordings hears."""
+Tell = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -48,26 +47,65 @@ class Utterance:
     Attributes:
         codes: int64 ``[frames, groups]``.
         finite: the waveform holds nothing but numbers.
-        heard: what the listener heard; None without one.
+        heard: what the listener heard; empty without one.
     """
 
     codes: npt.NDArray[np.int64]
     finite: bool
-    heard: str | None
+    heard: str
 
 
-def spoken_samples(samples: Sequence[EncodedSample]) -> list[EncodedSample]:
-    """Those whose answer is to be spoken."""
-    return [sample for sample in samples if sample.sample.speak and sample.sample.answer is not None]
+@dataclass(frozen=True)
+class SpokenReference:
+    """What the reference says of one sample, and the distributions of its next codes, all before them given."""
+
+    utterance: Utterance
+    codes: Distributions
+
+
+@dataclass(frozen=True)
+class SpokenSide:
+    """What another side says of the same, and its next codes against the reference's, the reference's before them given."""
+
+    utterance: Utterance
+    codes: Scores
 
 
 class Talker:
     """One side's talker, for one sample after the other."""
 
-    def __init__(self, model: Any, listen: Listener | None) -> None:
-        """`model` was loaded with speech."""
-        self._model, self._listen = model, listen
+    def __init__(self, model: Any, location: str, listen: Listener | None, attention: str = ATTENTION) -> None:
+        """Takes a talker.
+
+        Args:
+            model: loaded with speech.
+            location: of its checkpoint.
+            listen: hears the waveforms; None leaves them unheard.
+            attention: implementation in thinker, talker and code predictor. Another than the usual one is for the noise
+                floor, and takes Transformers' modules, whose attention can be chosen.
+        """
+        self._model, self._location, self._listen, self._attention = model, location, listen, attention
         self._speaker = choose_speaker(model, True)
+        way, _ = choose_speech(model, "auto" if attention == ATTENTION else "modules")
+        self._way = "modules" if way == "stock" else way
+
+    @property
+    def groups(self) -> int:
+        """Codes of a frame."""
+        return int(self._model.talker.config.num_code_groups)
+
+    def speak(self, sample: EncodedSample) -> tuple[Opening, Utterance]:
+        """The talker's input, and what it says of it.
+
+        Raises:
+            CheckpointError: it gives no numbers.
+        """
+        with self._attending():
+            opening = self.opening(sample)
+            try:
+                return opening, self.say(sample, opening)
+            except OmniFP4Error as error:
+                raise CheckpointError(f"{self._location}, sample {sample.sample.name!r}: {error}") from error
 
     def opening(self, sample: EncodedSample) -> Opening:
         """The talker's input: this side's own hidden states of the prompt, and the known answer."""
@@ -93,22 +131,21 @@ class Talker:
         sampling = CodeSampling(
             greedy=True, top_k=opening.top_k, top_p=opening.top_p, repetition_penalty=opening.repetition_penalty
         )
-        way, _ = choose_speech(self._model)
-        way = "modules" if way == "stock" else way
         most = FRAMES_A_TOKEN * (1 + len(sample.targets))
         with (
             model_lock(self._model),
-            closing(engine_for(self._model.talker, way).frames(opening, sampling, seed=0, most_frames=most)) as frames,
+            closing(
+                engine_for(self._model.talker, self._way).frames(opening, sampling, seed=0, most_frames=most)
+            ) as frames,
         ):
             rows = [frame.cpu().numpy() for frame in frames]
-        groups = int(self._model.talker.config.num_code_groups)
-        codes = np.array(rows, dtype=np.int64).reshape(-1, groups)
+        codes = np.array(rows, dtype=np.int64).reshape(-1, self.groups)
         if not len(codes):
-            return Utterance(codes, True, "" if self._listen is not None else None)
+            return Utterance(codes, True, "")
         with torch.no_grad():
             device = self._model.code2wav.device
             wave = self._model.code2wav(torch.from_numpy(codes.T.copy())[None].to(device))[0, 0].float().cpu()
-        heard = self._listen(wave.numpy()) if self._listen is not None else None
+        heard = self._listen(wave.numpy()) if self._listen is not None else ""
         return Utterance(codes, bool(wave.isfinite().all()), heard)
 
     def next_codes(self, opening: Opening, codes: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -118,10 +155,14 @@ class Talker:
             ``[frames + 1, vocabulary]``, and int64 ``[frames + 1]``.
         """
         talker = self._model.talker
+        assert codes.shape[1] == self.groups, "both sides have the same codec"
         table, others = talker.get_input_embeddings(), talker.code_predictor.get_input_embeddings()
-        with torch.no_grad():
+        with self._attending(), torch.no_grad():
             first, _, cache, shift = read_prompt(talker, opening.inputs)
             given = torch.from_numpy(codes).to(first.device)
+            followed = torch.cat([given[:, 0], given.new_tensor([opening.eos])])
+            if not len(codes):
+                return first, followed
             parts = [table(given[:, 0])] + [others[group - 1](given[:, group]) for group in range(1, given.shape[1])]
             embedded = torch.stack(parts, dim=1).sum(1)[None]
             frames = len(codes)
@@ -134,112 +175,92 @@ class Talker:
                 past_key_values=cache, use_cache=True,
             )  # fmt: skip
             later = talker.codec_head(output.last_hidden_state)[0].float()
-        followed = torch.cat([given[:, 0], given.new_tensor([opening.eos])])
         return torch.cat([first, later]), followed
 
-
-@dataclass(frozen=True)
-class SpokenReference:
-    """What the reference says of one sample, and the distributions of its next codes."""
-
-    utterance: Utterance
-    codes: Distributions
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        talker = self._model.talker
+        configs = [self._model.thinker.get_decoder().config, talker.model.config, talker.code_predictor.model.config]
+        before = [config._attn_implementation for config in configs]
+        try:
+            for config in configs:
+                config._attn_implementation = self._attention
+            yield
+        finally:
+            for config, own in zip(configs, before, strict=True):
+                config._attn_implementation = own
 
 
 def speak_reference(
-    samples: Sequence[EncodedSample], talker: Callable[[], Talker], store: Store, tell: Callable[[int, int, str], None]
-) -> list[SpokenReference]:
-    """The reference's utterances, from the cache where they are there.
+    samples: Sequence[EncodedSample], talker: Callable[[str], Talker], store: Store, *, floor: bool, tell: Tell
+) -> tuple[list[SpokenReference], list[SpokenSide]]:
+    """The reference's utterances and its noise floor's, from the cache where they are there.
+
+    Args:
+        samples: whose answers are spoken.
+        talker: the reference's, with an attention; not called if all is in the cache.
+        store: of the reference.
+        floor: speak a second time.
+        tell: called with samples done, samples in all, and the sample's name.
 
     Raises:
         CheckpointError: the reference's codes are no numbers.
     """
-    found = []
+    found, floors = [], []
     for number, sample in enumerate(samples):
         kept = store.read(f"{sample.sha256}-speech")
         if kept is None:
-            side = talker()
-            opening = side.opening(sample)
-            said = side.say(sample, opening)
-            codes = (
-                np.zeros((0, int(side._model.talker.config.num_code_groups)), np.int64)
-                if not len(said.codes)
-                else said.codes
-            )
-            logits, followed = side.next_codes(opening, codes)
-            made = summarise(logits, followed)
+            side = talker(ATTENTION)
+            opening, said = side.speak(sample)
+            made = summarise(*side.next_codes(opening, said.codes))
             if not made.finite.all():
                 raise CheckpointError(f"the reference's speech of sample {sample.sample.name!r} is not finite")
-            kept = {
-                "codes": codes, "finite_wave": np.array(said.finite), "heard": np.array(said.heard or ""),
-                "log_probabilities": made.log_probabilities, "log_rest": made.log_rest, "likeliest": made.likeliest,
-                "log_target": made.log_target, "finite": made.finite,
-            }  # fmt: skip
-            store.write(f"{sample.sha256}-speech", kept)
-        made = Distributions(
-            kept["log_probabilities"], None, kept["log_rest"], kept["likeliest"], kept["log_target"], kept["finite"]
-        )
-        found.append(SpokenReference(Utterance(kept["codes"], bool(kept["finite_wave"]), str(kept["heard"])), made))
+            store.write(f"{sample.sha256}-speech", _utterance_arrays(said) | distribution_arrays(made))
+            found.append(SpokenReference(said, made))
+        else:
+            found.append(SpokenReference(_utterance(kept), read_distributions(kept)))
+        if floor:
+            name = f"{sample.sha256}-speech-floor"
+            floors.append(_spoken(sample, found[-1], lambda: talker(OTHER_ATTENTION), store, name))
+        tell(number + 1, len(samples), sample.sample.name)
+    return found, floors
+
+
+def speak_model(
+    samples: Sequence[EncodedSample],
+    reference: Sequence[SpokenReference],
+    talker: Callable[[], Talker],
+    store: Store,
+    *,
+    tell: Tell,
+) -> list[SpokenSide]:
+    """The model's utterances against the reference's; arguments as in `speak_reference`.
+
+    Raises:
+        CheckpointError: the model's codes are no numbers.
+    """
+    found = []
+    for number, (sample, known) in enumerate(zip(samples, reference, strict=True)):
+        found.append(_spoken(sample, known, talker, store, f"{sample.sha256}-speech"))
         tell(number + 1, len(samples), sample.sample.name)
     return found
 
 
-def compare_speech(
-    samples: Sequence[EncodedSample],
-    reference: Sequence[SpokenReference],
-    talker: Talker,
-    *,
-    recognised: bool,
-    seed: int,
-    tell: Callable[[int, int, str], None],
-) -> SpeechResult:
-    """The model's speech against the reference's.
-
-    Args:
-        samples: that were spoken.
-        reference: of each.
-        talker: the model's.
-        recognised: a listener heard both sides.
-        seed: of the intervals.
-        tell: called with samples done, samples in all, and the sample's name.
-    """
-    same, whole, agreed, steps, diverged = [np.zeros(len(samples)) for _ in range(5)]
-    frames = bad = 0
-    drift: tuple[float, ...] = ()
-    longest = max(range(len(samples)), key=lambda number: len(reference[number].utterance.codes))
-    heard: list[tuple[bool, bool]] = []
-    for number, (sample, known) in enumerate(zip(samples, reference, strict=True)):
-        opening = talker.opening(sample)
-        said = talker.say(sample, opening)
-        theirs = known.utterance.codes
-        both = min(len(theirs), len(said.codes))
-        same[number], whole[number] = float((theirs[:both] == said.codes[:both]).sum()), float(max(1, theirs.size))
-        frames += len(said.codes)
-        bad += not said.finite
-        logits, followed = talker.next_codes(opening, theirs)
-        scores = compare(known.codes, logits, followed)
-        agreed[number], steps[number] = float((scores.agrees & scores.finite).sum()), float(len(scores.agrees))
-        diverged[number] = float(np.nansum(scores.kl))
-        if number == longest:
-            drift = tuple(float(np.nanmean(part)) for part in np.array_split(scores.kl, QUARTERS) if len(part))
-        if recognised and sample.sample.answer is not None and len(sample.sample.answer.strip()) == 1:
-            digit = sample.sample.answer.strip()
-            heard.append((known.utterance.heard == digit, said.heard == digit))
-        tell(number + 1, len(samples), sample.sample.name)
-    total = sum(len(one.utterance.codes) for one in reference)
-    return SpeechResult(
-        utterances=len(samples), frames=total,
-        code_agreement=ratio_estimate(same, whole, seed=seed),
-        first_code_agreement=ratio_estimate(agreed, steps, seed=seed),
-        code_kl_mean=ratio_estimate(diverged, steps, seed=seed),
-        drift=drift, frames_ratio=frames / max(1, total),
-        recognition=_recognition(heard, seed) if heard else None, non_finite=bad,
-    )  # fmt: skip
+def _spoken(
+    sample: EncodedSample, known: SpokenReference, talker: Callable[[], Talker], store: Store, name: str
+) -> SpokenSide:
+    if (kept := store.read(name)) is not None:
+        return SpokenSide(_utterance(kept), read_scores(kept))
+    side = talker()
+    opening, said = side.speak(sample)
+    scores = compare(known.codes, *side.next_codes(opening, known.utterance.codes))
+    store.write(name, _utterance_arrays(said) | vars(scores))
+    return SpokenSide(said, scores)
 
 
-def _recognition(heard: Sequence[tuple[bool, bool]], seed: int) -> Recognition:
-    before, after = (np.array([pair[side] for pair in heard], dtype=np.float64) for side in (0, 1))
-    return Recognition(
-        utterances=len(heard), reference=float(before.mean()), model=float(after.mean()),
-        difference=ratio_estimate(after - before, np.ones_like(before), seed=seed),
-    )  # fmt: skip
+def _utterance_arrays(said: Utterance) -> dict[str, Any]:
+    return {"codes": said.codes, "finite_wave": np.array(said.finite), "heard": np.array(said.heard)}
+
+
+def _utterance(arrays: Arrays) -> Utterance:
+    return Utterance(arrays["codes"], bool(arrays["finite_wave"]), str(arrays["heard"]))

@@ -1,21 +1,25 @@
 """Figures of many samples, with confidence intervals from paired data.
 
 Positions of one sample are not independent, so whole samples are drawn, with replacement and with the same draws for
-every figure of a comparison.
+every figure of a comparison. Changes of shares have an interval of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from omnifp4.evaluation.distributions import Floats
 from omnifp4.receipt.evaluation import Estimate
 
 RESAMPLES: Final = 2_000
 PERCENTILES: Final = (2.5, 97.5)
+NORMAL_975: Final = 1.959964
+"""The 97.5th percentile of the normal distribution."""
+
+Bools = npt.NDArray[np.bool_]
 
 
 def ratio_estimate(sums: Floats, counts: Floats, *, seed: int, exponential: bool = False) -> Estimate:
@@ -38,7 +42,20 @@ def ratio_estimate(sums: Floats, counts: Floats, *, seed: int, exponential: bool
     return Estimate(value=float(value), low=float(low), high=float(high))
 
 
-def mean_estimate(values: Sequence[float] | Floats, *, seed: int) -> Estimate:
-    """A mean over samples, with its interval."""
-    array = np.asarray(values, dtype=np.float64)
-    return ratio_estimate(array, np.ones_like(array), seed=seed)
+def paired_share_difference(before: Bools, after: Bools) -> Estimate:
+    """Change of a share over the same samples, with the interval of Bonett and Price (2012).
+
+    A bootstrap of samples none of which changed gives an interval of no width, as if twenty samples could prove that
+    nothing was lost. This one adds half a sample to either kind of change, and keeps its 95 % there.
+
+    Args:
+        before, after: bool ``[samples]``.
+    """
+    count = len(before)
+    lost, gained = float((before & ~after).sum()), float((after & ~before).sum())
+    down, up = (lost + 1) / (count + 2), (gained + 1) / (count + 2)
+    half = NORMAL_975 * np.sqrt((down + up - (up - down) ** 2) / (count + 2))
+    low, high = max(-1.0, up - down - half), min(1.0, up - down + half)
+    value = (gained - lost) / count
+    # The middle is drawn towards nothing; where every sample changed, the value itself is the end.
+    return Estimate(value=value, low=float(min(low, value)), high=float(max(high, value)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -83,6 +84,8 @@ class Store:
         path = self._path(sample)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
+            # Another run of the same pair may have ended, and removed the folder.
+            path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 np.savez(file, **arrays)
             partial.replace(path)
@@ -91,6 +94,11 @@ class Store:
             raise OutputError(
                 f"{path}: cannot be written: {error.strerror}", hint="--cache names another folder"
             ) from None
+
+    def remove(self) -> None:
+        """Forget all of it."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, sample: str) -> Path:
         assert self._folder is not None

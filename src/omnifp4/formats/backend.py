@@ -11,6 +11,7 @@ import numpy.typing as npt
 from omnifp4.errors import OmniFP4Error
 from omnifp4.formats import reference
 from omnifp4.formats.nvfp4 import EncodeStats, Float32Array, NVFP4Tensor, ScaleRule
+from omnifp4.formats.widening import widen
 
 BACKENDS: Final = ("auto", "reference", "cpu", "cuda")
 
@@ -96,16 +97,6 @@ def _require_cuda() -> str:
     return torch.cuda.get_device_name()
 
 
-def _widen(raw: npt.NDArray[Any], dtype: str) -> Float32Array:
-    if dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype == "F16":
-        return raw.view(np.float16).astype(np.float32)
-    if dtype == "F32":
-        return raw.view(np.float32)
-    raise ValueError(f"dtype {dtype!r} is none of BF16, F16, F32")
-
-
 class _Reference:
     name: Final = "reference"
 
@@ -118,7 +109,7 @@ class _Reference:
         tensor_scale: np.float32 | None = None,
         importance: Float32Array | None = None,
     ) -> tuple[NVFP4Tensor, EncodeStats]:
-        wide = _widen(raw, dtype)
+        wide = widen(raw, dtype)
         encoded = reference.encode(wide, rule, tensor_scale=tensor_scale, importance=importance)
         difference = wide.astype(np.float64) - reference.decode(encoded)
         energy = np.square(wide, dtype=np.float64).sum()

@@ -29,6 +29,9 @@ MARLIN_HIDDEN: Final = 64
 """Marlin's experts take no hidden width but a multiple of it; other widths it pads (vLLM 0.26)."""
 MARLIN_TILE: Final = (64, 128)
 """Output and input widths that need no padding."""
+TALKER_LAYER: Final = 24
+ROLE_IDS: Final = {"system_token_id": 8948, "user_token_id": 872, "assistant_token_id": 77091}
+"""Numbers of the released Qwen3-Omni that vLLM-Omni 0.26 has in its code, where it should read the config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,3 +150,15 @@ def marlin_padding(facts: Facts) -> str:
                 "which costs time; vLLM before 0.26 may refuse it"
             )
     return ""
+
+
+def speech_problem(facts: Facts) -> str:
+    """Why vLLM-Omni may not speak with this model although it loads it; empty if nothing is known."""
+    layer = facts.config.get("talker_config", {}).get("accept_hidden_layer")
+    told = [] if layer in (None, TALKER_LAYER) else [f"accept_hidden_layer {layer}, not {TALKER_LAYER}"]
+    for name, number in ROLE_IDS.items():
+        if facts.config.get(name, number) != number:
+            told.append(f"{name} {facts.config[name]}, not {number}")
+    if not facts.speaks or not told:
+        return ""
+    return f"vLLM-Omni 0.26 knows the released model's numbers only, so speech may fail: {', '.join(told)}"

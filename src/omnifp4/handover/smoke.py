@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from omnifp4.benchmark.server.client import Answer, Server, ask
-from omnifp4.benchmark.server.samples import can_make_video
 from omnifp4.benchmark.server.trace import Kind, TraceOptions, request_body
 from omnifp4.receipt.base import Verdict
 from omnifp4.receipt.handover import SmokeResult
@@ -27,10 +26,6 @@ def send_smoke(
     results = []
     for name in modalities:
         kind = Kind(name)
-        if kind is Kind.VIDEO and not can_make_video():
-            reason = "not sent: PyAV is not installed here to make a video (pip install av)"
-            results.append(SmokeResult(kind=name, verdict=Verdict.NOT_CHECKED, detail=reason, seconds=0.0))
-            continue
         say(f"smoke request: {name}")
         rounds = 2 if kind is Kind.TEXT else 1
         answers = [ask(server, {"model": model, **request_body(kind, options, n + 1)}) for n in range(rounds)]

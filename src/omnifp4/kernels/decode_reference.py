@@ -18,14 +18,18 @@ FP4_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def in_fp4_order(x: Tensor) -> Tensor:
-    """Eight natural neighbours in the order of FP4 codes; the last dimension is a multiple of 8."""
-    return x.unflatten(-1, (-1, 8))[..., list(FP4_ORDER)].flatten(-2)
+    """Activations as FP4 matrices read them; the last dimension is a multiple of 128.
+
+    Of 128 neighbours, groups of eight stand in column order of a 4 x 4 square, and each group in the order of the codes
+    of a 32-bit word.
+    """
+    return x.reshape(*x.shape[:-1], -1, 4, 4, 8).transpose(-3, -2)[..., list(FP4_ORDER)].reshape(x.shape)
 
 
 def in_natural_order(x: Tensor) -> Tensor:
     """The inverse of `in_fp4_order`."""
     back = [FP4_ORDER.index(i) for i in range(8)]
-    return x.unflatten(-1, (-1, 8))[..., back].flatten(-2)
+    return x.reshape(*x.shape[:-1], -1, 4, 4, 8)[..., back].transpose(-3, -2).reshape(x.shape)
 
 
 def weights_of(matrix: Matrix, expert: int | None = None) -> Tensor:
@@ -80,7 +84,7 @@ def gate_up(x: Tensor, experts: Tensor, matrix: Matrix, inner: int) -> Tensor:
         for place, expert in enumerate(chosen):
             if expert < 0:
                 continue
-            gate, up = rounded(weights_of(matrix, expert) @ x[row]).split(inner)
+            gate, up = rounded(weights_of(matrix, expert) @ x[row]).tensor_split(2)
             out[row, place] = rounded(rounded(gate / (1 + torch.exp(-gate))) * up)
     return out
 
@@ -114,7 +118,7 @@ def attention(
     shape: DecoderShape,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One row: its output ``[heads * head_dim]`` and the key and value ``[kv_heads, head_dim]`` of its new token."""
-    q, k, v = qkv.float().split([shape.heads * shape.head_dim] + [shape.kv_heads * shape.head_dim] * 2)
+    q, k, v = qkv.float().tensor_split([shape.heads * shape.head_dim, (shape.heads + shape.kv_heads) * shape.head_dim])
     q, k, v = (t.view(-1, shape.head_dim) for t in (q, k, v))
     if shape.qk_norm:
         q, k = norm(q, norms[0], eps), norm(k, norms[1], eps)

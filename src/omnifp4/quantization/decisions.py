@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from omnifp4.checkpoint.branch import BRANCH_DOWN_SUFFIX, BRANCH_UP_SUFFIX
 from omnifp4.checkpoint.dialects import DIALECTS, Activations, Dialect, StoredTensor
 from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.output import DEFAULT_SHARD_BYTES, PlannedOutput, plan_output
 from omnifp4.errors import RecipeError
-from omnifp4.formats.nvfp4 import BLOCK_SIZE, ScaleRule
+from omnifp4.formats.nvfp4 import ScaleRule
+from omnifp4.formats.scheme import Scheme
 from omnifp4.models.base import Component, TensorSpec
 from omnifp4.models.source import Source, SourceTensor
-from omnifp4.quantization.recipe import NVFP4, Recipe, choose_schemes
+from omnifp4.quantization.recipe import Recipe, choose_schemes
 
 WIDE_UNIT_BYTES: Final = 16 << 20
 """Small untouched tensors are copied together, up to this many bytes."""
@@ -26,11 +28,11 @@ class OutputFormat(StrEnum):
     MODELOPT = "modelopt"
     COMPRESSED_TENSORS = "compressed-tensors"
     FAKE_QUANT = "fake-quant"
-    """Wide weights rounded through NVFP4: for quality checks, nothing shrinks."""
+    """Wide weights rounded through their schemes: for quality checks, nothing shrinks."""
 
     @property
     def dialect(self) -> Dialect | None:
-        """How FP4 linears stand on disk; None where weights stay wide."""
+        """How quantized linears stand on disk; None where weights stay wide."""
         return DIALECTS.get(self.value)
 
 
@@ -43,18 +45,39 @@ def find_format(name: str) -> OutputFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class Extras:
+    """What is stored beside codes and weight scales of an NVFP4 linear.
+
+    Attributes:
+        activations: W4A4 has an input scale.
+        rank: of the low-rank branch; 0: there is none.
+    """
+
+    activations: Activations = Activations.WIDE
+    rank: int = 0
+
+
+NO_EXTRAS: Final = Extras()
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What happens to one tensor.
 
     Attributes:
         tensor: the logical tensor and its bytes.
-        quantize: it becomes NVFP4.
+        scheme: what it becomes.
         reason: why it stays wide; empty if it is quantized.
     """
 
     tensor: SourceTensor
-    quantize: bool
+    scheme: Scheme
     reason: str = ""
+
+    @property
+    def quantize(self) -> bool:
+        """Whether it is rounded at all."""
+        return not self.scheme.is_wide
 
     @property
     def spec(self) -> TensorSpec:
@@ -63,9 +86,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class EncodeUnit:
-    """Linears that share one tensor scale: the smallest piece of work, done and recorded as a whole."""
+    """Linears of one scheme that share one tensor scale: the smallest piece of work, done and recorded as a whole."""
 
     name: str
+    scheme: Scheme
     tensors: tuple[SourceTensor, ...]
 
     @property
@@ -80,11 +104,13 @@ class FusedUnit:
 
     Attributes:
         name: of the unit.
+        scheme: through which they are rounded.
         entry: the tensor on disk.
         experts: for each expert its linears, in order along the output dimension; they share one tensor scale.
     """
 
     name: str
+    scheme: Scheme
     entry: TensorEntry
     experts: tuple[tuple[SourceTensor, ...], ...]
 
@@ -129,16 +155,30 @@ class Job:
     source: Source
     recipe: Recipe
     rule: ScaleRule
-    overrides: Mapping[str, str]
+    overrides: Mapping[str, Scheme]
     output_format: OutputFormat
-    schemes: Mapping[Component, str]
+    schemes: Mapping[Component, Scheme]
     decisions: tuple[Decision, ...]
     units: tuple[Unit, ...]
     output: PlannedOutput
 
     @property
+    def rule_name(self) -> str:
+        """As ``--rule`` takes it."""
+        return self.recipe.rule_name if self.rule is self.recipe.rule else self.rule.value
+
+    @property
+    def extras(self) -> Extras:
+        """Beside each NVFP4 linear."""
+        return extras_of(self.recipe)
+
+    @property
     def quantized(self) -> list[Decision]:
         return [decision for decision in self.decisions if decision.quantize]
+
+    def module_schemes(self) -> dict[str, Scheme]:
+        """The scheme of every quantized linear, by module, in layout order."""
+        return {decision.spec.module: decision.scheme for decision in self.quantized}
 
     def ignore(self) -> list[str]:
         """Entries for the config: all linears that stay wide, in the dialect's words."""
@@ -149,24 +189,45 @@ class Job:
         return dialect.ignore_entries(wide, [decision.spec.module for decision in self.quantized])
 
 
+def extras_of(recipe: Recipe) -> Extras:
+    """What a recipe stores beside each NVFP4 linear."""
+    return Extras(recipe.activations, recipe.rank)
+
+
 def decide(
     source: Source,
     recipe: Recipe,
     *,
     rule: ScaleRule | None = None,
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Scheme] | None = None,
+    assigned: Mapping[str, Scheme] | None = None,
     output_format: OutputFormat = OutputFormat.MODELOPT,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Job:
     """Decide everything.
 
+    Args:
+        source: the wide checkpoint.
+        recipe: what is asked for.
+        rule: another scale rule than the recipe's.
+        overrides: scheme by component or part.
+        output_format: what is written.
+        max_shard_bytes: largest shard file.
+        assigned: scheme of single weights, by name, where a budget chose; all of a scale group alike.
+
     Raises:
-        RecipeError: recipe and model do not fit, no linear is left to quantize, or the result would not be smaller.
+        RecipeError: recipe and model do not fit, no linear is left to quantize, the result would not be smaller, or the
+            format cannot hold what the recipe makes.
     """
+    if recipe.rank and output_format is OutputFormat.COMPRESSED_TENSORS:
+        raise RecipeError(
+            f"format {output_format} cannot hold the low-rank branch of recipe {recipe.name!r}",
+            hint="choose --format modelopt or fake-quant",
+        )
     schemes = choose_schemes(source.layout, recipe, overrides or {})
-    decisions = tuple(_decide_tensor(tensor, schemes, recipe) for tensor in source.tensors)
+    decisions = tuple(_decide_tensor(tensor, schemes, recipe, assigned or {}) for tensor in source.tensors)
     units = _units(source, decisions, keep_fused=output_format.dialect is None)
-    stored = (_stored(unit, output_format) for unit in units)
+    stored = (_stored(unit, output_format, extras_of(recipe)) for unit in units)
     groups = (group for unit_groups in stored for group in unit_groups)
     job = Job(
         source=source,
@@ -199,15 +260,20 @@ def _refuse_futile(job: Job) -> None:
         )
 
 
-def _decide_tensor(tensor: SourceTensor, schemes: Mapping[Component, str], recipe: Recipe) -> Decision:
+def _decide_tensor(
+    tensor: SourceTensor, schemes: Mapping[Component, Scheme], recipe: Recipe, assigned: Mapping[str, Scheme]
+) -> Decision:
     spec = tensor.spec
-    if schemes[spec.component] != NVFP4:
-        return Decision(tensor, False, spec.component.why_wide or f"not part of recipe {recipe.name}")
+    scheme = assigned.get(spec.name, schemes[spec.component])
+    if scheme.is_wide and spec.name in assigned:
+        return Decision(tensor, Scheme.WIDE, "the budget of bits was better spent here")
+    if scheme.is_wide:
+        return Decision(tensor, Scheme.WIDE, spec.component.why_wide or f"not part of recipe {recipe.name}")
     if not spec.is_linear:
-        return Decision(tensor, False, "not the weight of a linear layer")
-    if spec.shape[1] % BLOCK_SIZE:
-        return Decision(tensor, False, f"width {spec.shape[1]} is not a multiple of {BLOCK_SIZE}")
-    return Decision(tensor, True)
+        return Decision(tensor, Scheme.WIDE, "not the weight of a linear layer")
+    if spec.shape[1] % scheme.width_multiple:
+        return Decision(tensor, Scheme.WIDE, f"width {spec.shape[1]} is not a multiple of {scheme.width_multiple}")
+    return Decision(tensor, scheme)
 
 
 def _units(source: Source, decisions: tuple[Decision, ...], *, keep_fused: bool) -> tuple[Unit, ...]:
@@ -217,6 +283,7 @@ def _units(source: Source, decisions: tuple[Decision, ...], *, keep_fused: bool)
     fused: dict[str, list[SourceTensor]] = {}
     for decision in decisions:
         if decision.quantize and keep_fused and decision.tensor.fused:
+            # Experts of one 3-D tensor are of one component, and so of one scheme.
             fused.setdefault(decision.tensor.entry.name, []).append(decision.tensor)
         elif decision.quantize:
             grouped.setdefault(decision.spec.scale_group or decision.spec.name, []).append(decision.tensor)
@@ -232,10 +299,10 @@ def _units(source: Source, decisions: tuple[Decision, ...], *, keep_fused: bool)
         key = decision.spec.scale_group or decision.spec.name
         if decision.quantize and decision.tensor.entry.name in fused:
             flush()
-            units.append(_fused_unit(fused.pop(decision.tensor.entry.name)))
+            units.append(_fused_unit(fused.pop(decision.tensor.entry.name), decision.scheme))
         elif decision.quantize and key in grouped:
             flush()
-            units.append(EncodeUnit(f"encode:{key}", tuple(grouped.pop(key))))
+            units.append(EncodeUnit(f"encode:{key}", decision.scheme, tuple(grouped.pop(key))))
         elif not decision.quantize and decision.tensor.entry.name not in copied:
             copied.add(decision.tensor.entry.name)
             if sum(entry.nbytes for entry in waiting) + decision.tensor.entry.nbytes > WIDE_UNIT_BYTES:
@@ -246,26 +313,36 @@ def _units(source: Source, decisions: tuple[Decision, ...], *, keep_fused: bool)
     return tuple(units)
 
 
-def _fused_unit(tensors: list[SourceTensor]) -> FusedUnit:
+def _fused_unit(tensors: list[SourceTensor], scheme: Scheme) -> FusedUnit:
     experts: dict[int, list[SourceTensor]] = {}
     for tensor in tensors:
         assert tensor.fused is not None
         experts.setdefault(tensor.fused.expert, []).append(tensor)
     entry = tensors[0].entry
-    return FusedUnit(f"encode:{entry.name}", entry, tuple(tuple(experts[number]) for number in sorted(experts)))
+    return FusedUnit(f"encode:{entry.name}", scheme, entry, tuple(tuple(experts[number]) for number in sorted(experts)))
 
 
-def _stored(unit: Unit, output_format: OutputFormat) -> list[list[StoredTensor]]:
+def _stored(unit: Unit, output_format: OutputFormat, extras: Extras) -> list[list[StoredTensor]]:
     if isinstance(unit, CopyUnit):
         return [[StoredTensor(entry.name, entry.dtype, entry.shape)] for entry in unit.entries]
     if isinstance(unit, FusedUnit):
         return [[StoredTensor(unit.entry.name, unit.entry.dtype, unit.entry.shape)]]
-    return [list(stored_tensors(tensor, output_format)) for tensor in unit.tensors]
+    return [list(stored_tensors(tensor, unit.scheme, output_format, extras)) for tensor in unit.tensors]
 
 
-def stored_tensors(tensor: SourceTensor, output_format: OutputFormat) -> tuple[StoredTensor, ...]:
-    """The tensors that a quantized linear becomes: codes, block scale, tensor scale; or one wide tensor."""
+def stored_tensors(
+    tensor: SourceTensor, scheme: Scheme, output_format: OutputFormat, extras: Extras = NO_EXTRAS
+) -> tuple[StoredTensor, ...]:
+    """The tensors that a quantized linear becomes: codes and scales; or one wide tensor."""
     rows, columns = tensor.spec.shape
     if (dialect := output_format.dialect) is None:
         return (StoredTensor(tensor.spec.name, tensor.entry.dtype, (rows, columns)),)
-    return dialect.stored(tensor.spec.module, (rows, columns), Activations.WIDE)
+    module = tensor.spec.module
+    stored = dialect.stored(module, (rows, columns), extras.activations, scheme)
+    if scheme is Scheme.NVFP4 and extras.rank:
+        rank = min(extras.rank, rows, columns)
+        stored += (
+            StoredTensor(module + BRANCH_UP_SUFFIX, "BF16", (rows, rank)),
+            StoredTensor(module + BRANCH_DOWN_SUFFIX, "BF16", (rank, columns)),
+        )
+    return stored

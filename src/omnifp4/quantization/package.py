@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from omnifp4.checkpoint.dialects import Activations
+from omnifp4.checkpoint.branch import with_branch
 from omnifp4.checkpoint.folder import CONFIG_NAME, INDEX_NAME
 from omnifp4.checkpoint.output import write_json
 from omnifp4.quantization.decisions import Job
@@ -29,7 +29,8 @@ def artifact_config(job: Job) -> dict[str, Any]:
     config = {key: value for key, value in job.source.checkpoint.config.items() if key != "quantization_config"}
     if dialect := job.output_format.dialect:
         producer = {"name": PRODUCER_NAME, "version": package_version()}
-        config["quantization_config"] = dialect.quantization_config(Activations.WIDE, job.ignore(), producer)
+        quantization = dialect.quantization_config(job.recipe.activations, job.ignore(), producer, job.module_schemes())
+        config["quantization_config"] = with_branch(quantization, job.recipe.rank) if job.recipe.rank else quantization
     return config
 
 

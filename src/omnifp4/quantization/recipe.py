@@ -1,58 +1,223 @@
-"""Recipes: which components become FP4 and by which scale rule. Named, versioned data."""
+"""Recipes: which components are quantized, in which scheme and how. Named, strict, versioned data."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final, get_args
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from omnifp4.checkpoint.dialects import Activations
 from omnifp4.errors import RecipeError
 from omnifp4.formats.nvfp4 import ScaleRule
+from omnifp4.formats.scheme import Scheme
 from omnifp4.models.base import Component, Kind, Layout, Part
+from omnifp4.quantization.method import (
+    Auto,
+    Awq,
+    Counted,
+    Gptq,
+    Method,
+    Nearest,
+    Need,
+    SignRound,
+    SvdQuant,
+    Weighting,
+)
 
-NVFP4: Final = "nvfp4"
-WIDE: Final = "bf16"
-"""Left as it is: BF16 in nearly every checkpoint, and untouched where it is another type."""
+SCHEMES: Final = tuple(Scheme)
+"""What ``--component NAME=SCHEME`` takes."""
 
-SCHEMES: Final = (NVFP4, WIDE)
+MLPS: Final = ("experts", "shared_experts", "mlp")
+LINEARS: Final = ("attention", *MLPS)
 
-MLP_KINDS: Final = frozenset({Kind.EXPERTS, Kind.SHARED_EXPERTS, Kind.MLP})
-LINEAR_KINDS: Final = MLP_KINDS | {Kind.ATTENTION}
+WEIGHTED_RULES: Final = {weighting.value: weighting for weighting in Weighting if weighting is not Weighting.NONE}
+"""Names that ``--rule`` takes beside those of `ScaleRule`: the sweep, its errors weighed by what is known of the inputs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+COMPONENT_NAMES: Final = frozenset(Component(part, kind).name for part in Part for kind in Kind)
+
+
+class Recipe(BaseModel):
     """What a name given to ``--recipe`` stands for.
 
     Attributes:
         name: as on the command line.
         version: raised when the same name gives other bytes.
         title: one line for people.
-        kinds: kinds of component that become FP4, by part.
+        components: scheme by component name; what is not named stays wide.
         rule: how scales are chosen.
+        weighting: what weighs the errors between which the rule chooses.
+        method: how values are rounded.
+        activations: what happens to the inputs of NVFP4 linears.
     """
 
-    name: str
-    version: int
-    title: str
-    kinds: Mapping[Part, frozenset[Kind]]
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, max_length=80)
+    version: int = Field(ge=1)
+    title: str = ""
+    components: dict[str, Scheme]
     rule: ScaleRule = ScaleRule.SWEEP
+    weighting: Weighting = Weighting.NONE
+    method: Method = Nearest()
+    activations: Activations = Activations.WIDE
 
-    def takes(self, component: Component) -> bool:
-        """Whether the recipe makes the linears of a component FP4."""
-        return component.kind in self.kinds.get(component.part, frozenset())
+    @field_validator("components")
+    @classmethod
+    def _known(cls, components: dict[str, Scheme]) -> dict[str, Scheme]:
+        for name in components:
+            if name not in COMPONENT_NAMES:
+                raise ValueError(f"no model has a component {name!r}; omnifp4 plan MODEL lists them")
+        return components
 
+    def scheme_of(self, component: Component) -> Scheme:
+        """What the linears of a component become."""
+        return self.components.get(component.name, Scheme.WIDE)
+
+    @property
+    def rule_name(self) -> str:
+        """As ``--rule`` takes it."""
+        return self.rule.value if self.weighting is Weighting.NONE else self.weighting.value
+
+    @property
+    def need(self) -> Need:
+        """What must be known of the inputs."""
+        if isinstance(self.method, Gptq | SvdQuant | SignRound):
+            return Need.HESSIANS
+        plain = isinstance(self.method, Nearest) and self.weighting is Weighting.NONE
+        return Need.NOTHING if plain and self.activations is Activations.WIDE else Need.STATISTICS
+
+    @property
+    def rank(self) -> int:
+        """Of the branch beside each NVFP4 linear; 0 where there is none."""
+        return self.method.rank if isinstance(self.method, SvdQuant) else 0
+
+    def with_rule(self, name: str | None) -> Recipe:
+        """The recipe with another scale rule, by name; None leaves it.
+
+        Raises:
+            RecipeError: the rule is unknown, or the method has no use for it.
+        """
+        if name is None:
+            return self
+        if name in WEIGHTED_RULES:
+            return self.model_copy(update={"rule": ScaleRule.SWEEP, "weighting": WEIGHTED_RULES[name]})
+        return self.model_copy(update={"rule": find_rule(name), "weighting": Weighting.NONE})
+
+    def with_budget(self, effective_bits: float | None, counted: str | None) -> Recipe:
+        """The recipe with another budget; None leaves what it has.
+
+        Raises:
+            RecipeError: the recipe has no budget, or the value is out of range.
+        """
+        if effective_bits is None and counted is None:
+            return self
+        if not isinstance(self.method, Auto):
+            raise RecipeError(f"recipe {self.name!r} has no budget of bits", hint="--recipe nvfp4-auto takes one")
+        if counted is not None and counted not in tuple(Counted):
+            raise RecipeError(f"bits counted {counted!r}: allowed are {' and '.join(Counted)}")
+        if effective_bits is not None and not 0 < effective_bits <= 16:
+            raise RecipeError(f"effective bits {effective_bits:g}: allowed is a number above 0 and up to 16")
+        update: dict[str, Any] = {}
+        if effective_bits is not None:
+            update["effective_bits"] = effective_bits
+        if counted is not None:
+            update["counted"] = Counted(counted)
+        return self.model_copy(update={"method": self.method.model_copy(update=update)})
+
+
+def _nvfp4(part: str, kinds: Iterable[str]) -> dict[str, Scheme]:
+    return {f"{part}.{kind}": Scheme.NVFP4 for kind in kinds}
+
+
+_THINKER: Final = _nvfp4("thinker", LINEARS)
 
 RECIPES: Final[dict[str, Recipe]] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("nvfp4", 1, "experts, MLPs and attention of the thinker", {Part.THINKER: LINEAR_KINDS}),
-        Recipe("nvfp4-mlp", 1, "experts and MLPs of the thinker only", {Part.THINKER: MLP_KINDS}),
+        Recipe(name="nvfp4", version=1, title="experts, MLPs and attention of the thinker", components=_THINKER),
         Recipe(
-            "nvfp4-thinker-talker",
-            1,
-            "experts, MLPs and attention of thinker and talker",
-            {Part.THINKER: LINEAR_KINDS, Part.TALKER: LINEAR_KINDS},
+            name="nvfp4-mlp",
+            version=1,
+            title="experts and MLPs of the thinker only",
+            components=_nvfp4("thinker", MLPS),
+        ),
+        Recipe(
+            name="nvfp4-thinker-talker",
+            version=1,
+            title="experts, MLPs and attention of thinker and talker",
+            components=_THINKER | _nvfp4("talker", LINEARS),
+        ),
+        Recipe(
+            name="nvfp4-w4a4",
+            version=1,
+            title="the thinker with FP4 activations too: an input scale for every linear and expert",
+            components=_THINKER,
+            activations=Activations.FP4,
+        ),
+        Recipe(
+            name="nvfp4-importance",
+            version=1,
+            title="block scales chosen by errors weighed with E[x^2]",
+            components=_THINKER,
+            weighting=Weighting.IMPORTANCE,
+        ),
+        Recipe(
+            name="nvfp4-local-hessian",
+            version=1,
+            title="block scales chosen by the error of each block's output",
+            components=_THINKER,
+            weighting=Weighting.LOCAL_HESSIAN,
+        ),
+        Recipe(
+            name="nvfp4-gptq",
+            version=1,
+            title="GPTQ with static scales",
+            components=_THINKER,
+            weighting=Weighting.IMPORTANCE,
+            method=Gptq(),
+        ),
+        Recipe(
+            name="nvfp4-awq-lite",
+            version=1,
+            title="AWQ: channels scaled by their inputs, folded into what comes before",
+            components=_THINKER,
+            weighting=Weighting.IMPORTANCE,
+            method=Awq(),
+        ),
+        Recipe(
+            name="nvfp4-awq-full",
+            version=1,
+            title="AWQ with a clip search for each block",
+            components=_THINKER,
+            weighting=Weighting.IMPORTANCE,
+            method=Awq(name="awq-full"),
+        ),
+        Recipe(
+            name="nvfp4-svdquant",
+            version=1,
+            title="a BF16 branch of rank 32 beside every FP4 weight; runs here only",
+            components=_THINKER,
+            weighting=Weighting.IMPORTANCE,
+            method=SvdQuant(),
+        ),
+        Recipe(
+            name="nvfp4-signround",
+            version=1,
+            title="rounding learned by sign gradients",
+            components=_THINKER,
+            weighting=Weighting.IMPORTANCE,
+            method=SignRound(),
+        ),
+        Recipe(
+            name="nvfp4-auto",
+            version=1,
+            title="nvfp4, fp8 or bf16 for each layer under a budget of bits",
+            components=_THINKER,
+            method=Auto(),
         ),
     )
 }
@@ -60,10 +225,61 @@ DEFAULT_RECIPE: Final = "nvfp4"
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name; raises RecipeError that lists the known ones."""
-    if name not in RECIPES:
-        raise RecipeError(f"recipe {name!r} is unknown; known are {', '.join(RECIPES)}")
-    return RECIPES[name]
+    """The recipe of that name, or of that file (a path that ends in .json).
+
+    Raises:
+        RecipeError: unknown, with the known ones; or a file that is no recipe, with the key that is wrong.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    if name.endswith(".json"):
+        return read_recipe(Path(name).expanduser())
+    raise RecipeError(
+        f"recipe {name!r} is unknown; known are {', '.join(RECIPES)}", hint="or give a file whose name ends in .json"
+    )
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe of the user's own.
+
+    Raises:
+        RecipeError: unreadable, no JSON, or a key or value that a recipe does not have.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise RecipeError(f"recipe {path}: is not JSON") from None
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {path}: {_first_problem(error)}") from None
+    if recipe.name in RECIPES:
+        raise RecipeError(f"recipe {path}: name {recipe.name!r} is that of a bundled recipe; choose another")
+    return recipe
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for the first thing that is wrong."""
+    problem = error.errors()[0]
+    place = [str(part) for part in problem["loc"]]
+    key = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        return f"key {key!r} is unknown; known are {', '.join(_keys_beside(place))}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing"
+    told = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"key {key!r} is {problem['input']!r}: {told}" if key else told
+
+
+def _keys_beside(place: list[str]) -> Iterable[str]:
+    if len(place) > 1 and place[0] == "method":
+        union = get_args(Method)[0]
+        for model in get_args(union):
+            if place[1] in get_args(model.model_fields["name"].annotation):
+                return list(model.model_fields)
+    return list(Recipe.model_fields)
 
 
 def find_rule(name: str) -> ScaleRule:
@@ -71,29 +287,34 @@ def find_rule(name: str) -> ScaleRule:
     try:
         return ScaleRule(name)
     except ValueError:
-        raise RecipeError(f"scale rule {name!r} is unknown; known are {', '.join(ScaleRule)}") from None
+        known = ", ".join((*ScaleRule, *WEIGHTED_RULES))
+        raise RecipeError(f"scale rule {name!r} is unknown; known are {known}") from None
 
 
-def parse_overrides(texts: Iterable[str]) -> dict[str, str]:
-    """Parse ``NAME=nvfp4`` and ``NAME=bf16``, as given to ``--component``."""
-    overrides: dict[str, str] = {}
+def parse_overrides(texts: Iterable[str]) -> dict[str, Scheme]:
+    """Parse ``NAME=fp8`` and the like, as given to ``--component``; see `Scheme` for what may be asked."""
+    overrides: dict[str, Scheme] = {}
     for text in texts:
-        name, separator, scheme = text.partition("=")
-        if not separator or scheme not in SCHEMES:
-            raise RecipeError(f"component {text!r} is not NAME={' or NAME='.join(SCHEMES)}")
+        name, separator, value = text.partition("=")
+        if not separator or value not in SCHEMES:
+            raise RecipeError(f"component {text!r} is not NAME=SCHEME; schemes are {', '.join(SCHEMES)}")
+        scheme = Scheme(value)
         if overrides.setdefault(name, scheme) != scheme:
             raise RecipeError(f"component {name!r} is given twice, as {overrides[name]} and as {scheme}")
     return overrides
 
 
-def choose_schemes(layout: Layout, recipe: Recipe, overrides: Mapping[str, str]) -> dict[Component, str]:
+def choose_schemes(layout: Layout, recipe: Recipe, overrides: Mapping[str, Scheme]) -> dict[Component, Scheme]:
     """The scheme of every component: what the recipe says, unless an override names the component or its part.
 
     Raises:
-        RecipeError: an override names no component of this model, or asks for FP4 where there is no linear.
+        RecipeError: an override names no component of this model, or asks for a quantization where there is no linear.
     """
     linear = {tensor.component for tensor in layout.tensors if tensor.is_linear}
-    schemes = {component: NVFP4 if recipe.takes(component) else WIDE for component in layout.components}
+    schemes = {
+        component: recipe.scheme_of(component) if component in linear else Scheme.WIDE
+        for component in layout.components
+    }
     by_part_first = sorted(overrides.items(), key=lambda item: "." in item[0])
     for name, scheme in by_part_first:
         exact = [component for component in layout.components if component.name == name]
@@ -101,10 +322,10 @@ def choose_schemes(layout: Layout, recipe: Recipe, overrides: Mapping[str, str])
         if not chosen:
             known = ", ".join(component.name for component in layout.components if component in linear)
             raise RecipeError(f"component {name!r} is not in this {layout.model_type}; it has {known}")
-        if scheme == NVFP4 and not linear.intersection(chosen):
-            raise RecipeError(f"component {name!r} has no linear layer, so it cannot be {NVFP4}")
-        schemes.update({component: scheme for component in chosen if scheme == WIDE or component in linear})
-    if NVFP4 not in schemes.values():
+        if not scheme.is_wide and not linear.intersection(chosen):
+            raise RecipeError(f"component {name!r} has no linear layer, so it cannot be {scheme}")
+        schemes.update({component: scheme for component in chosen if scheme.is_wide or component in linear})
+    if all(scheme.is_wide for scheme in schemes.values()):
         raise RecipeError(
             f"recipe {recipe.name!r} with these components leaves nothing of this {layout.model_type} to quantize"
         )

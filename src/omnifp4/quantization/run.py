@@ -11,17 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from omnifp4.checkpoint.fingerprint import file_stamps, headers_sha256
-from omnifp4.checkpoint.output import OutputWriter, write_text
+from omnifp4.checkpoint.folds import FOLDS_NAME, Folds
+from omnifp4.checkpoint.output import OutputWriter, write_json, write_text
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.checkpoint.side_files import CARD_NAME, RECEIPT_NAME, copy_side_files
 from omnifp4.checkpoint.staging import Staging, partial_folder, refuse_existing
 from omnifp4.checkpoint.units import Progress, check_finished, check_free_space, output_error, work_through
 from omnifp4.errors import OutputError
+from omnifp4.formats.scheme import Scheme
+from omnifp4.quantization.calibrated import CalibratedWorker
+from omnifp4.quantization.calibration_use import calibration_use
 from omnifp4.quantization.decisions import Job
+from omnifp4.quantization.method import Need
 from omnifp4.quantization.package import artifact_config, source_name, write_config_and_index
 from omnifp4.quantization.plan import component_rows, left_out
+from omnifp4.quantization.visiting import Calibration, check_calibration, run_calibrated
 from omnifp4.quantization.work import Worker
 from omnifp4.receipt.base import package_version, this_environment
+from omnifp4.receipt.calibration import CalibrationReceipt
 from omnifp4.receipt.quantization import ComponentError, QuantizationReceipt, SourceRecord
 from omnifp4.report.model_card import model_card
 
@@ -34,6 +41,7 @@ def run_job(
     threads: int | None = None,
     progress: Progress | None = None,
     prove: Callable[[Path], None] | None = None,
+    calibration: Calibration | None = None,
 ) -> QuantizationReceipt:
     """Write the artifact that a job describes.
 
@@ -44,11 +52,13 @@ def run_job(
         threads: workers; as many as there are cores if not given.
         progress: told of every finished unit.
         prove: called with the finished folder before it becomes OUT; what it raises keeps OUT from appearing.
+        calibration: what there is to look at inputs with, for a recipe that does.
 
     Returns:
         The receipt, which is also in OUT as omnifp4.json.
 
     Raises:
+        RecipeError: the recipe lacks what it needs to see.
         OutputError: OUT exists, the disk is too small or fills up, or the leftover is of another job.
         CheckpointError: the source cannot be read or has NaN or infinite weights.
     """
@@ -58,17 +68,30 @@ def run_job(
     refuse_existing(out)
     refuse_overlap(source_folder, out)
     count = threads or default_threads()
+    check_calibration(job, calibration or Calibration())
     try:
         check_free_space(job.output, out, source_folder)
-        with Staging(out, job_identity(job), resume=resume) as staging:
+        with Staging(out, job_identity(job, calibration), resume=resume) as staging:
             with CheckpointReader(job.source.checkpoint) as reader, OutputWriter(staging.folder, job.output) as writer:
                 resumed = check_finished(staging, job.units, writer, count)
-                worker = Worker(reader, writer, job.rule, job.output_format)
-                work_through(job.units, staging, worker.run, count, progress)
+                seen: CalibrationReceipt | None = None
+                folds = Folds()
+                if job.recipe.need is Need.NOTHING or calibration is None:
+                    worker = Worker(reader, writer, job.rule, job.output_format)
+                    work_through(job.units, staging, worker.run, count, progress)
+                else:
+                    looking = CalibratedWorker(reader, writer, job)
+                    seen = run_calibrated(job, staging, looking, calibration, count, progress)
+                    folds = looking.folds
                 writer.sync()
             write_config_and_index(staging.folder, artifact_config(job), job)
             copy_side_files(source_folder, staging.folder)
+            if len(folds):
+                write_json(staging.folder / FOLDS_NAME, folds.to_json())
             receipt = _receipt(job, staging.finished, count, resumed, time.monotonic() - started)
+            if seen is not None:
+                use = calibration_use(job, staging.finished, seen)
+                receipt = receipt.model_copy(update={"calibration": use})
             write_text(staging.folder / RECEIPT_NAME, receipt.model_dump_json() + "\n")
             write_text(staging.folder / CARD_NAME, model_card(receipt))
             if prove:
@@ -79,17 +102,19 @@ def run_job(
     return receipt
 
 
-def job_identity(job: Job) -> dict[str, Any]:
+def job_identity(job: Job, calibration: Calibration | None = None) -> dict[str, Any]:
     """Everything that decides the bytes written, for `Staging`."""
+    known = {} if job.recipe.need is Need.NOTHING or calibration is None else calibration.identity()
     return {
         "omnifp4": package_version(),
         "source": headers_sha256(job.source.checkpoint),
         "files": file_stamps(job.source.checkpoint),
-        "recipe": [job.recipe.name, job.recipe.version],
-        "rule": job.rule.value,
+        "recipe": job.recipe.model_dump(mode="json"),
+        "rule": job.rule_name,
         "components": dict(job.overrides),
         "format": job.output_format.value,
         "shards": {shard.file_name: shard.total_bytes for shard in job.output.shards},
+        **known,
     }
 
 
@@ -130,7 +155,7 @@ def _receipt(
         ),
         recipe=job.recipe.name,
         recipe_version=job.recipe.version,
-        rule=job.rule.value,
+        rule=job.rule_name,
         overrides=dict(job.overrides),
         output_format=job.output_format.value,
         components=rows,
@@ -143,6 +168,7 @@ def _receipt(
         ignore=tuple(job.ignore()),
         left_out=left_out(job),
         decisions={name: _ratio([pair]) for name, pair in errors.items()},
+        schemes={d.spec.name: d.scheme.value for d in job.quantized if d.scheme is not Scheme.NVFP4},
         tensors=checksums,
         backend="cpu",
         backend_reason="compiled loops, one tensor a thread",

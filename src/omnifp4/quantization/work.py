@@ -14,9 +14,11 @@ from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.output import OutputWriter
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import CheckpointError
-from omnifp4.formats import fast_cpu
-from omnifp4.formats.nvfp4 import BLOCK_SIZE, EncodeStats, ScaleRule
+from omnifp4.formats import coded, fast_cpu
+from omnifp4.formats.nvfp4 import BLOCK_SIZE, EncodeStats, Float32Array, ScaleRule
 from omnifp4.formats.reference import tensor_scale_for
+from omnifp4.formats.scheme import Scheme
+from omnifp4.formats.widening import narrow, widen
 from omnifp4.models.source import SourceTensor
 from omnifp4.quantization.decisions import CopyUnit, EncodeUnit, FusedUnit, OutputFormat, Unit
 
@@ -24,8 +26,6 @@ HOLD_BYTES: Final = 32 << 20
 """A unit up to this size is read once; a larger one is read twice, in ranges of rows, so that memory stays bounded."""
 
 CHUNK_BYTES: Final = 16 << 20
-
-F16_MAX: Final = np.float32(65504.0)
 
 
 class Worker:
@@ -94,6 +94,9 @@ class Worker:
         tensor_scale = self._shared_scale(unit.tensors, held)
         record: dict[str, Any] = {"crc": {}, "errors": {}}
         for index, tensor in enumerate(unit.tensors):
+            if unit.scheme is not Scheme.NVFP4:
+                self._code_tensor(tensor, unit.scheme, held[index] if held else None, record)
+                continue
             self._encode_tensor(tensor, tensor_scale, held[index] if held else None, record)
         return record
 
@@ -106,8 +109,12 @@ class Worker:
             tensor_scale = self._shared_scale(tensors, held)
             parts = []
             for tensor, rows in zip(tensors, held, strict=True):
-                packed, block_scale, stats = self._encode_rows(rows, tensor.entry.dtype, tensor_scale)
-                parts.append(_rounded_values(packed, block_scale, tensor_scale, tensor.entry.dtype))
+                if unit.scheme is Scheme.NVFP4:
+                    packed, block_scale, stats = self._encode_rows(rows, tensor.entry.dtype, tensor_scale)
+                    parts.append(_rounded_values(packed, block_scale, tensor_scale, tensor.entry.dtype))
+                else:
+                    _, decoded, stats = self._code_rows(rows, tensor, unit.scheme)
+                    parts.append(narrow(decoded, tensor.entry.dtype))
                 errors[tensor.spec.name] = [stats.squared_error, stats.energy]
             expert = np.concatenate(parts)
             if not tensors[0].rows_divide:
@@ -142,6 +149,43 @@ class Worker:
         block_scale = np.empty((rows.shape[0], rows.shape[1] // BLOCK_SIZE), dtype=np.uint8)
         stats = fast_cpu.encode_into(rows, dtype, self._rule, tensor_scale, packed, block_scale)
         return packed, block_scale, stats
+
+    def _code_rows(
+        self, rows: npt.NDArray[np.generic], tensor: SourceTensor, scheme: Scheme
+    ) -> tuple[coded.CodedTensor, Float32Array, EncodeStats]:
+        wide = widen(rows, tensor.entry.dtype)
+        done = coded.encode(wide, scheme, self._rule)
+        decoded = coded.decode(done)
+        return done, decoded, coded.error_of(wide, decoded)
+
+    def _code_tensor(
+        self, tensor: SourceTensor, scheme: Scheme, held: npt.NDArray[np.generic] | None, record: dict[str, Any]
+    ) -> None:
+        """One linear in a scheme whose scales depend on single rows."""
+        dialect, module = self._format.dialect, tensor.spec.module
+        form = dialect.coded_forms[scheme] if dialect else None
+        codes_name = module + form.codes_suffix if form else tensor.spec.name
+        codes_crc = scale_crc = codes_end = scale_end = 0
+        squared_error = energy = 0.0
+        ranges = (rows for _, rows in self._row_ranges(tensor, held))
+        for part in (rows[chunk] for rows in ranges for chunk in coded.row_chunks(*rows.shape)):
+            done, decoded, stats = self._code_rows(part, tensor, scheme)
+            squared_error += stats.squared_error
+            energy += stats.energy
+            codes = form.codes_on_disk(done.codes) if form else narrow(decoded, tensor.entry.dtype)
+            codes_crc = self._writer.write(codes_name, codes, codes_end, codes_crc)
+            codes_end += codes.nbytes
+            if form:
+                scale = form.scale_on_disk(done.scale)
+                scale_crc = self._writer.write(module + form.scale_suffix, scale, scale_end, scale_crc)
+                scale_end += scale.nbytes
+        record["crc"][codes_name] = codes_crc
+        if form:
+            record["crc"][module + form.scale_suffix] = scale_crc
+            if form.shape_suffix:
+                name = module + form.shape_suffix
+                record["crc"][name] = self._writer.write(name, np.array(tensor.spec.shape, dtype="<i8"))
+        record["errors"][tensor.spec.name] = [squared_error, energy]
 
     def _hold(self, unit: EncodeUnit, total: int) -> list[npt.NDArray[np.generic]]:
         buffer, held, position = self._buffer(total), [], 0
@@ -214,7 +258,4 @@ def _rounded_values(
     shape = (packed.shape[0], packed.shape[1] * 2)
     wide: npt.NDArray[Any] = np.empty(shape, dtype=np.uint16 if dtype == "BF16" else np.float32)
     fast_cpu.decode_into(packed, fast_cpu.effective_scale(block_scale, tensor_scale), wide)
-    if dtype != "F16":
-        return wide
-    # Near the end of F16's range a value may round up beyond it.
-    return wide.clip(-F16_MAX, F16_MAX).astype(np.float16)
+    return wide if dtype == "BF16" else narrow(wide, dtype)

@@ -11,11 +11,12 @@ METRIC_VERSION: Final = 1
 
 
 class Estimate(Record):
-    """A figure with its 95 % confidence interval: percentiles of a seeded bootstrap over samples.
+    """A figure with its 95 % confidence interval.
 
     Attributes:
         value: of all samples.
-        low, high: the interval. Both sides of a comparison saw the same resampled samples.
+        low, high: the interval: of a change of a share, Bonett and Price's for paired data; of all else, percentiles of a
+            seeded bootstrap over samples, where both sides of a comparison saw the same resampled samples.
     """
 
     value: float
@@ -104,6 +105,18 @@ class Recognition(Record):
     difference: Estimate
 
 
+class SpeechFloor(Record):
+    """The reference's speech against its own, under the change of the noise floor; figures as in `SpeechResult`."""
+
+    code_agreement: Estimate
+    first_code_agreement: Estimate
+    code_kl_mean: Estimate
+    drift: tuple[Estimate, ...]
+    frames_ratio: float
+    recognition: Recognition | None
+    non_finite: int
+
+
 class SpeechResult(Record):
     """Speech out: the same texts spoken by both sides, likeliest codes, same speaker.
 
@@ -114,11 +127,13 @@ class SpeechResult(Record):
         first_code_agreement: share of frames where the likeliest first code is the same, all of the reference's codes
             before it given; where a speech ends counts as a code.
         code_kl_mean: mean divergence of these first codes' distributions, in nats.
-        drift: mean divergence in each quarter of the longest utterance, in order of time.
+        long_utterances: the longest one, and all that are at least half as long.
+        drift: mean divergence in each quarter of these, in order of time.
         frames_ratio: frames of the model over those of the reference: whether it stops early or goes on.
-        recognition: share of utterances whose digit a classifier of real recordings hears, model and reference; None
-            where the checkpoint is not the trained tiny model.
-        non_finite: samples of waveform that are no numbers.
+        recognition: share of spoken digits that a classifier of real recordings hears, model and reference; None where no
+            single digit was to be said.
+        non_finite: utterances with a code distribution or a waveform that is not finite.
+        floor: the same of the reference under the change of the noise floor; None if it was not run.
     """
 
     utterances: int
@@ -126,10 +141,12 @@ class SpeechResult(Record):
     code_agreement: Estimate
     first_code_agreement: Estimate
     code_kl_mean: Estimate
-    drift: tuple[float, ...]
+    long_utterances: int
+    drift: tuple[Estimate, ...]
     frames_ratio: float
     recognition: Recognition | None
     non_finite: int
+    floor: SpeechFloor | None
 
 
 class LayerDifference(Record):
@@ -141,6 +158,7 @@ class LayerDifference(Record):
         cosine: mean cosine of the states of one position.
         routing_agreement: share of expert choices that are the same; None where the layer has no experts.
         floor: relative error of the reference under the change of the noise floor; None if it was not run.
+        non_finite: positions of the model with a NaN or an infinity; they are in none of the other figures.
     """
 
     layer: int
@@ -148,6 +166,7 @@ class LayerDifference(Record):
     cosine: float
     routing_agreement: float | None
     floor: float | None
+    non_finite: int
 
 
 class Gate(Record):

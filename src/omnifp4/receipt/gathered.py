@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from omnifp4.receipt.base import RECEIPT_VERSION, Environment, Record
 from omnifp4.receipt.bench import BenchReceipt
+from omnifp4.receipt.calibration import CalibrationReceipt
 from omnifp4.receipt.doctor import DoctorReceipt
 from omnifp4.receipt.evaluation import EvaluationReceipt, HarnessReceipt
 from omnifp4.receipt.plan import PlanReceipt
@@ -43,6 +44,7 @@ class GatheredReceipt(Record):
     model: str
     model_type: str
     plan: PlanReceipt | None = None
+    calibration: CalibrationReceipt | None = None
     quantization: QuantizationReceipt | None = None
     verification: VerificationReceipt | None = None
     evaluations: tuple[EvaluationReceipt, ...] = ()

@@ -10,10 +10,11 @@ class ComponentRow(Record):
 
     Attributes:
         name: as ``--component`` takes it.
-        scheme: ``nvfp4`` or ``bf16`` (left as it is).
+        scheme: ``nvfp4``, ``mxfp4``, ``fp8``, ``int8`` or ``bf16`` (left as it is).
         tensors: logical tensors.
         parameters: of all its tensors.
-        fp4_parameters: of those that become FP4.
+        fp4_parameters: of those that become NVFP4 or MXFP4.
+        quantized_parameters: of those that become anything but what they are.
         bytes_before: as it stands.
         bytes_after: as it would be stored, scales included.
         reason: why it, or what is left of it, stays wide.
@@ -24,6 +25,7 @@ class ComponentRow(Record):
     tensors: int
     parameters: int
     fp4_parameters: int
+    quantized_parameters: int = 0
     bytes_before: int
     bytes_after: int
     reason: str

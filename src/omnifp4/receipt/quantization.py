@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from omnifp4.receipt.base import RECEIPT_VERSION, Environment, Record
 from omnifp4.receipt.plan import ComponentRow
 
@@ -41,13 +43,67 @@ class ComponentError(Record):
     worst_relative_squared_error: float
 
 
+class OutputError(Record):
+    """How far the outputs of a component's linears are from those of the wide ones, on the calibration inputs.
+
+    All are shares of the outputs' energy, ``sum |(W - W') x|**2 / sum |W x|**2``, each linear weighed by its tokens.
+
+    Attributes:
+        linears: that something was known of.
+        error: as written.
+        data_free: if the same weights had been rounded by the data-free rule.
+    """
+
+    linears: int
+    error: float
+    data_free: float
+
+
+class CalibrationUse(Record):
+    """What a calibrated recipe looked at, and what it gave.
+
+    Attributes:
+        method: settings of the recipe's method.
+        weighting: of errors between scales.
+        activations: ``W4A16`` or ``W4A4``.
+        data, data_sha256: of the calibration set.
+        samples, tokens: that were run.
+        sources: how many linears used inputs that were routed to them, inputs of all experts, or none.
+        data_free: first of the linears that nothing was known of.
+        folds: channels sets that factors were folded into.
+        fold_places: where it was tried.
+        more_damped: linears whose Hessian needed more damping than the recipe's.
+        not_inverted: linears whose Hessian no damping made invertible: they were rounded to the nearest.
+        sibling_scales: experts that take the largest input scale of their siblings.
+        outputs: by component.
+    """
+
+    method: dict[str, Any]
+    weighting: str
+    activations: str
+    data: str
+    data_sha256: str
+    samples: int
+    tokens: int
+    sources: dict[str, int]
+    data_free: tuple[str, ...]
+    folds: int
+    fold_places: int
+    more_damped: int
+    not_inverted: int
+    sibling_scales: int
+    outputs: dict[str, OutputError]
+
+
 class QuantizationReceipt(Record):
     """The record of ``omnifp4 quantize``.
 
     Attributes:
         left_out: linears of a quantized component that stay wide, with the reason.
-        decisions: for each FP4 linear its relative squared error, by checkpoint name of the wide weight.
+        decisions: for each quantized linear its relative squared error, by checkpoint name of the wide weight.
+        schemes: of each quantized linear that is not NVFP4, by the same name.
         tensors: CRC-32 of the bytes of every stored tensor, by name.
+        calibration: what was known of the inputs; None for a recipe that looks at none.
         peak_memory_bytes: largest resident size of the process.
         changes: receipts of later conversions and repairs of this artifact, in order.
         seconds: of the last run; a resumed job is not summed up.
@@ -72,7 +128,9 @@ class QuantizationReceipt(Record):
     ignore: tuple[str, ...]
     left_out: dict[str, str]
     decisions: dict[str, float]
+    schemes: dict[str, str] = Field(default_factory=dict)
     tensors: dict[str, int]
+    calibration: CalibrationUse | None = None
     backend: str
     backend_reason: str
     threads: int

@@ -24,8 +24,8 @@ class SensitivityRow(Record):
         output_error: the same of the outputs of its linears, and of its experts as a whole, each fed with the inputs that
             it had in the run of the wide model; None if no token came there, or its inputs were not seen.
         tokens: outputs that this was summed over: tokens times linears, or times experts that they were routed to.
-        kl_mean: divergence in nats of the wide model from the same with only this in FP4; None for an expert, and
-            where it was not run.
+        kl_mean: divergence in nats of the wide model from the same with only this in FP4; None where it was not run,
+            as for an expert that no token came to.
         share: of the sum of `kl_mean` over all rows of the same level that `kl_mean` is.
     """
 

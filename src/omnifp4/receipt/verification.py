@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from omnifp4.receipt.base import RECEIPT_VERSION, Environment, Record, Verdict
 
 
@@ -42,7 +44,12 @@ class TensorError(Record):
 
 
 class VerificationReceipt(Record):
-    """The record of ``omnifp4 verify``."""
+    """The record of ``omnifp4 verify``.
+
+    Attributes:
+        fp4_linears, fp4_parameters: in NVFP4 and MXFP4.
+        schemes: how many linears each scheme has.
+    """
 
     receipt: str = "verification"
     version: int = RECEIPT_VERSION
@@ -55,6 +62,7 @@ class VerificationReceipt(Record):
     checks: tuple[Check, ...]
     fp4_linears: int
     fp4_parameters: int
+    schemes: dict[str, int] = Field(default_factory=dict)
     wide_parameters: int
     weight_bytes: int
     wide_equivalent_bytes: int

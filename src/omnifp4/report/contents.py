@@ -5,7 +5,9 @@ from __future__ import annotations
 from omnifp4.receipt.base import Verdict
 from omnifp4.receipt.gathered import GatheredReceipt
 from omnifp4.report.figures import count_text, figure, size_text
+from omnifp4.report.schemes import quantized_parameters, scheme_names
 from omnifp4.report.sections.base import KeyFigure, Section, percent, ratio_text
+from omnifp4.report.sections.calibration import calibration_sections
 from omnifp4.report.sections.fit import fit_section
 from omnifp4.report.sections.proof import counts, proof_section
 from omnifp4.report.sections.provenance import provenance_section
@@ -26,6 +28,7 @@ def sections(receipt: GatheredReceipt) -> tuple[Section, ...]:
         quality_section(receipt),
         sensitivity_section(receipt),
         weights_section(receipt),
+        *calibration_sections(receipt),
         speed_section(receipt),
         fit_section(receipt),
         provenance_section(receipt),
@@ -49,16 +52,16 @@ def _size(receipt: GatheredReceipt) -> tuple[KeyFigure, KeyFigure]:
     if source is None:
         return (
             KeyFigure("weights on disk", NOT_MEASURED, "omnifp4 plan", "none"),
-            KeyFigure("parameters in FP4", NOT_MEASURED, "omnifp4 plan", "none"),
+            KeyFigure("parameters quantized", NOT_MEASURED, "omnifp4 plan", "none"),
         )
     before, after = weight_bytes(receipt)
     planned = "" if receipt.quantization else "planned, "
-    share = source.fp4_parameters / source.parameters if source.parameters else None
+    share = quantized_parameters(source) / source.parameters if source.parameters else None
     return (
         KeyFigure(
             "weights on disk", size_text(after), f"{planned}from {size_text(before)}, {ratio_text(before, after)}"
         ),
-        KeyFigure("parameters in FP4", percent(share), f"of {count_text(source.parameters)}"),
+        KeyFigure(f"parameters in {scheme_names(source)}", percent(share), f"of {count_text(source.parameters)}"),
     )
 
 

@@ -47,6 +47,8 @@ def _unfit(code: int) -> bool:
 
 MARGIN: Final = 16
 """Px around a picture that stands alone."""
+HEADLINE: Final = 30
+"""Px above it for its title, which on a page stands below the picture."""
 
 
 class Drawing:
@@ -99,18 +101,19 @@ class Drawing:
         It brings its ground (class ``ground``) along: what shows it may be dark where the reader's system is light.
         """
         ground = (
-            f'<rect class="ground" x="{-MARGIN}" y="{-MARGIN}" width="{_n(self.width + 2 * MARGIN)}" '
-            f'height="{_n(self.height + 2 * MARGIN)}" rx="8"/>'
+            f'<rect class="ground" x="{-MARGIN}" y="{-MARGIN - HEADLINE}" width="{_n(self.width + 2 * MARGIN)}" '
+            f'height="{_n(self.height + 2 * MARGIN + HEADLINE)}" rx="8"/>'
         )
-        return self._svg(f"<style>{style}</style>{ground}", margin=MARGIN) + "\n"
+        headline = f'<text class="headline" x="0" y="-14">{escape(clean(shortened(self.title, self.width)))}</text>'
+        return self._svg(f"<style>{style}</style>{ground}{headline}", margin=MARGIN, above=HEADLINE) + "\n"
 
-    def _svg(self, style: str, *, margin: int = 0) -> str:
+    def _svg(self, style: str, *, margin: int = 0, above: int = 0) -> str:
         title, description = f"{self.key}-title", f"{self.key}-description"
         space = ' xmlns="http://www.w3.org/2000/svg"' if margin else ""
-        width, height = _n(self.width + 2 * margin), _n(self.height + 2 * margin)
+        width, height = _n(self.width + 2 * margin), _n(self.height + 2 * margin + above)
         return (
             f'<svg{space} class="plot" role="img" aria-labelledby="{title} {description}" '
-            f'viewBox="{-margin} {-margin} {width} {height}" width="{width}" height="{height}">'
+            f'viewBox="{-margin} {-margin - above} {width} {height}" width="{width}" height="{height}">'
             f'<title id="{title}">{escape(clean(self.title))}</title>'
             f'<desc id="{description}">{escape(clean(self.description))}</desc>'
             f"{style}{''.join(self._shapes)}</svg>"

@@ -21,6 +21,8 @@ def evaluation_text(receipt: EvaluationReceipt) -> RenderableType:
         parts.append(_modalities(receipt))
     if receipt.tasks:
         parts.append(_tasks(receipt))
+    if receipt.speech is not None:
+        parts.append(_speech(receipt.speech))
     if receipt.layers:
         parts.append(_layers(receipt))
     lines = [
@@ -28,8 +30,11 @@ def evaluation_text(receipt: EvaluationReceipt) -> RenderableType:
         for one in receipt.modalities
         if one.model.non_finite
     ]
-    if receipt.speech is not None:
-        lines += _speech(receipt.speech)
+    lines += [
+        f"layer {one.layer}: {one.non_finite:,} positions of the model are not finite"
+        for one in receipt.layers
+        if one.non_finite
+    ]
     lines += [f"noise floor: {receipt.noise_floor}; distributions: {receipt.distributions}"]
     lines += [f"note: {note}" for note in receipt.notes]
     if receipt.segmented:
@@ -55,14 +60,15 @@ def harness_text(receipt: HarnessReceipt) -> RenderableType:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    """Eighty columns are enough for every table here; a narrower terminal folds words and cuts off none."""
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     return table
 
 
 def _modalities(receipt: EvaluationReceipt) -> Table:
-    table = _table("", "in", "KL", "95 %", "floor", "p99", "same top-1", "ppl ratio", "95 %")
+    table = _table("", "in", "KL", "95 %", "floor", "p99", "top-1", "ppl ×", "95 %")
     for one in receipt.modalities:
         model, floor = one.model, one.floor
         table.add_row(
@@ -74,14 +80,18 @@ def _modalities(receipt: EvaluationReceipt) -> Table:
 
 
 def _tasks(receipt: EvaluationReceipt) -> Table:
-    table = _table("", "task", "samples", "reference", "model", "points", "95 %", "lost", "gained")
+    table = _table("", "right answers", "samples", "before", "after", "points", "95 %", "floor", "lost", "gained")
     for one in receipt.tasks:
-        points = one.difference
+        noise = "-" if one.floor is None else f"{100 * (one.floor - one.reference):+.1f}"
         table.add_row(
-            one.task, f"{one.samples:,}", f"{one.reference:.1%}", f"{one.model:.1%}", f"{100 * points.value:+.1f}",
-            f"{100 * points.low:+.1f} … {100 * points.high:+.1f}", f"{one.lost}", f"{one.gained}",
+            one.task, f"{one.samples:,}", f"{one.reference:.1%}", f"{one.model:.1%}",
+            f"{100 * one.difference.value:+.1f}", _point_span(one.difference), noise, f"{one.lost}", f"{one.gained}",
         )  # fmt: skip
     return table
+
+
+def _point_span(difference: Estimate) -> str:
+    return f"{100 * difference.low:+.1f} … {100 * difference.high:+.1f}"
 
 
 def _span(estimate: Estimate) -> str:
@@ -98,21 +108,40 @@ def _layers(receipt: EvaluationReceipt) -> Table:
     return table
 
 
-def _speech(speech: SpeechResult) -> list[str]:
-    lines = [
-        f"speech: {speech.utterances:,} texts, {speech.frames:,} frames (model {speech.frames_ratio:.2f} times as many); "
-        f"codes equal {speech.code_agreement.value:.1%} free-running; given the past: next code equal "
-        f"{speech.first_code_agreement.value:.1%}, KL {interval(speech.code_kl_mean)}, "
-        f"by quarter of the longest {', '.join(figure(part) for part in speech.drift)}"
-    ]
+def _speech(speech: SpeechResult) -> Table:
+    """A row a figure: the model, its interval, and the noise floor."""
+    table = _table("", f"speech: {speech.utterances:,} texts, {speech.frames:,} frames", "model", "95 %", "floor")
+    floor = speech.floor
+
+    def row(name: str, model: str, interval: str = "", noise: str = "-") -> None:
+        table.add_row(name, model, interval, noise)
+
+    for name, share, noise in (
+        ("codes equal, free-running", speech.code_agreement, floor.code_agreement if floor else None),
+        ("next code equal, given the past", speech.first_code_agreement, floor.first_code_agreement if floor else None),
+    ):
+        row(name, f"{share.value:.1%}", f"{share.low:.1%} … {share.high:.1%}", f"{noise.value:.1%}" if noise else "-")
+    drifts = enumerate(speech.drift)
+    parts = [(f"  quarter {n + 1} of the {speech.long_utterances:,} longest", part, n) for n, part in drifts]
+    for name, part, number in [("next code KL, given the past", speech.code_kl_mean, -1), *parts]:
+        own = None if floor is None else floor.code_kl_mean if number < 0 else floor.drift[number]
+        row(name, figure(part.value), _span(part), figure(own.value) if own else "-")
+    row(
+        "frames, times the reference's",
+        f"{speech.frames_ratio:.3f}",
+        noise=f"{floor.frames_ratio:.3f}" if floor else "-",
+    )
     if (heard := speech.recognition) is not None:
-        lines.append(
-            f"spoken digits understood by a classifier of real recordings: reference {heard.reference:.1%}, "
-            f"model {heard.model:.1%} of {heard.utterances:,}"
-        )
+        again = floor.recognition if floor else None
+        row(f"digits understood, of {heard.utterances:,}: before", f"{heard.reference:.1%}")
+        row("  after", f"{heard.model:.1%}", "", f"{again.model:.1%}" if again else "-")
+        row(
+            "  points", f"{100 * heard.difference.value:+.1f}", _point_span(heard.difference),
+            f"{100 * again.difference.value:+.1f}" if again else "-",
+        )  # fmt: skip
     if speech.non_finite:
-        lines.append(f"{speech.non_finite:,} waveforms are not finite")
-    return lines
+        row("utterances that are not finite", f"{speech.non_finite:,}", "", f"{floor.non_finite:,}" if floor else "-")
+    return table
 
 
 def _verdict(gates: tuple[Gate, ...], verdict: Verdict) -> Text:

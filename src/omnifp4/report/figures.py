@@ -23,7 +23,7 @@ def count_text(count: int) -> str:
 
 
 def figure(value: float) -> str:
-    """A measured number with three significant digits: ``0.0123``, ``4.56e-05``, ``1,234``."""
+    """A measured number with three significant digits: ``0.0123``, ``4.56e-5``, ``1,234``."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -32,6 +32,7 @@ def figure(value: float) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     if size < 1e-3:
-        return f"{value:.2e}"
+        mantissa, power = f"{value:.2e}".split("e")
+        return f"{mantissa}e{int(power)}"
     digits = max(0, 2 - math.floor(math.log10(size)))
     return f"{value:.{digits}f}"

@@ -9,6 +9,7 @@ from typing import Any, Final
 from omnifp4.errors import OmniFP4Error
 from omnifp4.receipt.base import Record, as_text, this_environment
 from omnifp4.receipt.bench import BenchReceipt
+from omnifp4.receipt.calibration import CalibrationReceipt
 from omnifp4.receipt.doctor import DoctorReceipt
 from omnifp4.receipt.evaluation import EvaluationReceipt, HarnessReceipt
 from omnifp4.receipt.gathered import GatheredFile, GatheredReceipt
@@ -22,6 +23,7 @@ from omnifp4.report.reading import ReceiptError, read_receipt
 ARTIFACT_RECEIPT: Final = "omnifp4.json"
 KINDS: Final[dict[str, type[Record]]] = {
     "plan": PlanReceipt,
+    "calibration": CalibrationReceipt,
     "quantization": QuantizationReceipt,
     "verification": VerificationReceipt,
     "evaluation": EvaluationReceipt,
@@ -34,6 +36,7 @@ KINDS: Final[dict[str, type[Record]]] = {
 }
 SINGLE: Final[dict[type[Record], str]] = {
     PlanReceipt: "plan",
+    CalibrationReceipt: "calibration",
     QuantizationReceipt: "quantization",
     VerificationReceipt: "verification",
     SensitivityReceipt: "sensitivity",
@@ -156,7 +159,7 @@ def _model_name(records: Sequence[Record]) -> str:
     for kind in (PlanReceipt, SensitivityReceipt, EvaluationReceipt):
         for record in records:
             if isinstance(record, kind):
-                model = record.against if isinstance(record, EvaluationReceipt) else str(getattr(record, "model", ""))
+                model = str(getattr(record, "against", None) or getattr(record, "model", ""))
                 return model if model.count("/") == 1 and not model.startswith((".", "/", "~")) else folder_name(model)
     for record in records:
         name = getattr(record, "artifact", None) or getattr(record, "model", None)
@@ -179,4 +182,8 @@ def _disagreements(gathered: GatheredReceipt) -> list[str]:
             f"quantize wrote {made.weight_bytes:,} bytes of weights and verify found {proof.weight_bytes:,}: "
             "they are of different artifacts"
         )
+    data = {item.data_sha256: item.model for item in gathered.evaluations}
+    if len(data) > 1:
+        artifacts = " and ".join(map(folder_name, list(data.values())[:2]))
+        notes.append(f"{artifacts} were evaluated on different samples: their figures cannot be compared")
     return notes

@@ -28,6 +28,9 @@ class Scale:
         """At most about `most` round values inside."""
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            if last - first < 2:
+                inside = [digit * 10.0**power for power in range(first - 1, last + 1) for digit in (1, 2, 5)]
+                return [tick for tick in inside if self.low <= tick * (1 + 1e-9) and tick <= self.high * (1 + 1e-9)]
             every = max(1, math.ceil((last - first + 1) / most))
             return [10.0**power for power in range(first, last + 1, every)]
         step = round_step((self.high - self.low) / max(most, 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
@@ -10,9 +12,12 @@ from rich.text import Text
 from omnifp4.receipt.gathered import GatheredReceipt
 from omnifp4.report.contents import key_figures, sections
 from omnifp4.report.drawing import clean
+from omnifp4.report.schemes import headline
 from omnifp4.report.sections.base import Table
 
 STYLES = {"pass": "green", "fail": "bold red", "not checked": "yellow", "not measured": "yellow", "none": "dim"}
+MOST_ROWS: Final = 8
+"""Of a table in a terminal."""
 
 
 def report_text(receipt: GatheredReceipt) -> RenderableType:
@@ -25,7 +30,7 @@ def report_text(receipt: GatheredReceipt) -> RenderableType:
         else:
             line.append(clean(section.lead), style="not bold")
         shown.append(line)
-        shown += [table_text(table) for table in section.tables if table.brief]
+        shown += [table_text(table) for table in section.tables if table.brief and not table.folded]
     shown += [Text(clean(f"note: {note}"), style="yellow") for note in receipt.notes]
     return Group(*shown)
 
@@ -33,7 +38,7 @@ def report_text(receipt: GatheredReceipt) -> RenderableType:
 def key_figures_text(receipt: GatheredReceipt) -> RenderableType:
     """The figures that are read first."""
     figures = RichTable(
-        title=Text(clean(f"{receipt.model} in NVFP4")),
+        title=Text(clean(headline(receipt))),
         title_justify="left",
         box=None,
         show_header=False,
@@ -49,14 +54,17 @@ def key_figures_text(receipt: GatheredReceipt) -> RenderableType:
 
 
 def table_text(table: Table) -> RenderableType:
-    """The brief columns of a table."""
+    """The brief columns of a table, and of a long one its first rows."""
     result = RichTable(
         title=Text(clean(table.caption), style="italic"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     for number in table.brief:
         result.add_column(Text(table.columns[number]), justify="right" if number in table.numeric else "left")
-    for number, row in enumerate(table.rows):
+    for number, row in enumerate(table.rows[:MOST_ROWS]):
         state = table.states[number] if table.states else ""
         cells = [row[column] for column in table.brief]
         result.add_row(*(Text(clean(cell), style=STYLES.get(state, "") if cell == state else "") for cell in cells))
+    if len(table.rows) > MOST_ROWS:
+        more = Text(f"… {len(table.rows) - MOST_ROWS:,} more (the page and --json have them)", style="dim")
+        return Group(result, more)
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -10,7 +12,7 @@ from rich.text import Text
 
 from omnifp4.receipt.base import Verdict
 from omnifp4.receipt.conversion import ConversionReceipt
-from omnifp4.receipt.plan import PlanReceipt
+from omnifp4.receipt.plan import ComponentRow, PlanReceipt
 from omnifp4.receipt.quantization import QuantizationReceipt
 from omnifp4.receipt.repair import Effect, RepairOutcome, RepairReceipt
 from omnifp4.receipt.verification import VerificationReceipt
@@ -29,14 +31,14 @@ def plan_text(plan: PlanReceipt) -> RenderableType:
     for column in ("tensors", "parameters", "before", "after"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in plan.components:
-        style = "bold" if row.scheme == "nvfp4" else ""
+        style = "bold" if row.scheme != "bf16" else ""
         table.add_row(
             row.name, row.scheme, f"{row.tensors:,}", count_text(row.parameters), size_text(row.bytes_before),
             size_text(row.bytes_after), style=style,
         )  # fmt: skip
     table.add_section()
     table.add_row(
-        "all", f"{plan.fp4_share:.1%} FP4", f"{plan.tensors:,}", count_text(plan.parameters),
+        "all", f"{plan.fp4_share:.1%} FP4{_eight_bit(plan.components)}", f"{plan.tensors:,}", count_text(plan.parameters),
         size_text(plan.weight_bytes_before), size_text(plan.weight_bytes_after),
     )  # fmt: skip
     lines = [
@@ -63,6 +65,14 @@ def plan_text(plan: PlanReceipt) -> RenderableType:
     return Group(table, Text("\n".join(lines)))
 
 
+def _eight_bit(rows: Iterable[ComponentRow]) -> str:
+    """The share of parameters in FP8 and INT8, after a comma; empty where there are none."""
+    rows = list(rows)
+    # Receipts of earlier versions count what is FP4 alone.
+    eight = sum(max(row.quantized_parameters, row.fp4_parameters) - row.fp4_parameters for row in rows)
+    return f", {eight / sum(row.parameters for row in rows):.1%} 8-bit" if eight > 0 else ""
+
+
 def _reasons(plan: PlanReceipt) -> dict[str, list[str]]:
     """Components by the reason why they, or some of their tensors, stay wide."""
     reasons: dict[str, list[str]] = {}
@@ -78,7 +88,8 @@ def quantization_text(receipt: QuantizationReceipt, out: str) -> RenderableType:
     smaller = "" if wide else f" ({receipt.source.weight_bytes / receipt.weight_bytes:.2f}x smaller)"
     lines = [
         f"{out}: {size_text(receipt.weight_bytes)} of weights in place of {size_text(receipt.source.weight_bytes)}{smaller}, "
-        f"{receipt.fp4_parameters / receipt.parameters:.1%} of parameters {'rounded to' if wide else 'in'} FP4",
+        f"{receipt.fp4_parameters / receipt.parameters:.1%} of parameters {'rounded to' if wide else 'in'} FP4"
+        f"{_eight_bit(receipt.components)}",
         f"relative squared error {receipt.relative_squared_error:.2e} over {len(receipt.decisions):,} linears",
         f"{receipt.seconds:.1f} s on {receipt.threads} thread(s), peak memory {size_text(receipt.peak_memory_bytes)}",
     ]
@@ -86,7 +97,7 @@ def quantization_text(receipt: QuantizationReceipt, out: str) -> RenderableType:
         first, reason = next(iter(receipt.left_out.items()))
         lines.append(f"{len(receipt.left_out)} linear(s) of FP4 components stay wide, such as {first}: {reason}")
     if wide:
-        lines.append("fake-quant: the weights are rounded through NVFP4 and stay wide; nothing shrinks")
+        lines.append("fake-quant: the weights are rounded through their schemes and stay wide; nothing shrinks")
     return Text("\n".join(lines))
 
 
@@ -110,7 +121,8 @@ def verification_text(receipt: VerificationReceipt) -> RenderableType:
     if receipt.worst_tensors:
         tail.append(f"relative squared error {receipt.relative_squared_error or 0.0:.2e}; worst: ")
         tail.append(", ".join(f"{t.name} {t.relative_squared_error:.2e}" for t in receipt.worst_tensors[:3]) + "\n")
-    tail.append(f"{receipt.fp4_linears:,} FP4 linears, {receipt.compression_ratio:.2f}x smaller than wide, ")
+    others = "".join(f", {count:,} {name}" for name, count in receipt.schemes.items() if name not in ("nvfp4", "mxfp4"))
+    tail.append(f"{receipt.fp4_linears:,} FP4 linears{others}, {receipt.compression_ratio:.2f}x smaller than wide, ")
     tail.append(f"checked in {receipt.seconds:.1f} s: ")
     tail.append(receipt.verdict.value.upper(), style=VERDICT_STYLES[receipt.verdict])
     return Group(table, tail)

@@ -10,15 +10,31 @@ from typing import Any, Final
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from omnifp4.checkpoint.artifact import ENGINE_PLACE, parse_claim
+from omnifp4.checkpoint.branch import BRANCH_ALGORITHM
 from omnifp4.checkpoint.dialects import QuantizationClaim
 from omnifp4.errors import CheckpointError
+from omnifp4.runtime.options import current_options
 
 MODELOPT: Final = "modelopt"
 COMPRESSED_TENSORS: Final = "compressed-tensors"
 AUTO_ROUND: Final = "auto-round"
 
 PACKED_FORMAT: Final = "nvfp4-pack-quantized"
-MODELOPT_ALGORITHMS: Final = ("NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
+MODELOPT_ALGORITHMS: Final = ("NVFP4", "W4A16_NVFP4", BRANCH_ALGORITHM, "MIXED_PRECISION")
+
+CODED_GROUPS: Final = (
+    ("mxfp4-pack-quantized", 4, "float", 32),
+    ("float-quantized", 8, "float", None),
+    ("naive-quantized", 8, "float", None),
+    ("pack-quantized", 8, "int", None),
+    ("naive-quantized", 8, "int", None),
+    ("int-quantized", 8, "int", None),
+)
+"""Format, bits, type and group size of the groups beside NVFP4 that run here.
+
+A config of 8-bit groups alone is one that Transformers runs itself, with 8-bit inputs where it says so: it is taken only
+by `omnifp4.load`.
+"""
 
 
 class NVFP4CheckpointConfig(QuantizationConfigMixin):
@@ -69,7 +85,7 @@ def announces_nvfp4(raw: Mapping[str, Any]) -> bool:
 
 
 def check_algorithm(raw: Mapping[str, Any]) -> None:
-    """Refuse ModelOpt algorithms that are not NVFP4.
+    """Refuse ModelOpt algorithms that do not run here.
 
     Raises:
         CheckpointError: with what the config asks for.
@@ -86,15 +102,32 @@ def _is_packed_nvfp4(raw: Mapping[str, Any]) -> bool:
     # Rotations would have to be applied to the inputs as well.
     if not isinstance(groups, Mapping) or not groups or raw.get("transform_config"):
         return False
-    return all(isinstance(group, Mapping) and _is_packed_group(group, raw.get("format")) for group in groups.values())
+    found = list(groups.values())
+    if not all(isinstance(group, Mapping) and _is_packed_group(group, raw.get("format")) for group in found):
+        return False
+    return any(group["weights"]["num_bits"] == 4 for group in found) or current_options().checkpoint is not None
 
 
 def _is_packed_group(group: Mapping[str, Any], top_format: object) -> bool:
     weights = group.get("weights")
-    return (
-        (group.get("format") or top_format) == PACKED_FORMAT
-        and isinstance(weights, Mapping)
-        and weights.get("num_bits") == 4
-        and weights.get("type") == "float"
-        and weights.get("group_size") == 16
-    )
+    if not isinstance(weights, Mapping):
+        return False
+    numbers = (weights.get("num_bits"), weights.get("type"), weights.get("group_size"))
+    form = group.get("format") or top_format
+    if form == PACKED_FORMAT:
+        return numbers == (4, "float", 16)
+    is_even = weights.get("symmetric") is not False and weights.get("strategy") in ("channel", "tensor", "group")
+    return is_even and (form, *numbers) in CODED_GROUPS
+
+
+def rounds_inputs(raw: Mapping[str, Any]) -> bool:
+    """Whether a config says that layers get 8-bit inputs, which stay wide here."""
+    groups = raw.get("config_groups")
+    found = [group.get("input_activations") for group in groups.values()] if isinstance(groups, Mapping) else []
+    if any(isinstance(inputs, Mapping) and inputs.get("num_bits") == 8 for inputs in found):
+        return True
+    layers = raw.get("quantized_layers")
+    algorithms = [raw.get("quant_algo")]
+    if isinstance(layers, Mapping):
+        algorithms += [info.get("quant_algo") for info in layers.values() if isinstance(info, Mapping)]
+    return any(str(algorithm).upper().startswith("FP8") for algorithm in algorithms)

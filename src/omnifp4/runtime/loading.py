@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from omnifp4.checkpoint.artifact import find_claims, find_linears
+from omnifp4.checkpoint.artifact import find_claims, find_coded, find_linears
 from omnifp4.checkpoint.folder import LEGACY_QUANT_CONFIG_NAME, Checkpoint, open_checkpoint
 from omnifp4.checkpoint.hub import local_folder
 from omnifp4.checkpoint.reader import CheckpointReader
@@ -82,9 +82,10 @@ def load(
         choose_backend(target, backend)
     entries = {name: e for name, e in checkpoint.tensors.items() if speech or not name.startswith(_speech_prefixes())}
     _check_memory(sum(entry.nbytes for entry in entries.values()), target, checkpoint.location)
-    packed = (
-        {entry.name for item in find_linears(entries).values() for entry in tensors_of(item)} if is_packed else set()
-    )
+    packed: set[str] = set()
+    if is_packed:
+        packed = {entry.name for item in find_linears(entries).values() for entry in tensors_of(item)}
+        packed |= {entry.name for item in find_coded(entries).values() for entry in item.entries}
     # Without a quantizer or accelerate, Transformers takes weights through host memory.
     straight = target if is_packed or find_spec("accelerate") is not None else torch.device("cpu")
     watch = LoadProgress(
@@ -184,7 +185,8 @@ def _check_claim(checkpoint: Checkpoint) -> bool:
     claims = find_claims(checkpoint.config, checkpoint.folder)
     if "quantization_config" in checkpoint.config:
         return True
-    found = find_linears(checkpoint.tensors)
+    found = [f"{linear.packed.name!r} holds NVFP4" for linear in find_linears(checkpoint.tensors).values()]
+    found += [f"{one.codes.name!r} holds {one.scheme.value.upper()}" for one in find_coded(checkpoint.tensors).values()]
     if not found and not claims:
         if left := next((name for name in checkpoint.tensors if name.endswith("_amax")), None):
             raise CheckpointError(
@@ -196,9 +198,7 @@ def _check_claim(checkpoint: Checkpoint) -> bool:
     if where == LEGACY_QUANT_CONFIG_NAME or where:
         told = f"its quantization is told only in {where}, where Transformers does not look"
     else:
-        told = (
-            f"{next(iter(found.values())).packed.name!r} holds NVFP4 codes, yet config.json has no quantization_config"
-        )
+        told = f"{found[0]} codes, yet config.json has no quantization_config"
     raise CheckpointError(f"{checkpoint.location}: {told}", hint=f"omnifp4 repair {checkpoint.location} OUT")
 
 

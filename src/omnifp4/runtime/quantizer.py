@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from omnifp4.checkpoint.dialects import Activations
 from omnifp4.checkpoint.folder import Checkpoint, open_checkpoint
 from omnifp4.errors import CheckpointError, OmniFP4Error
 from omnifp4.models import KNOWN_MODEL_TYPES
-from omnifp4.runtime.claim import NVFP4CheckpointConfig, check_algorithm
+from omnifp4.runtime.claim import NVFP4CheckpointConfig, check_algorithm, rounds_inputs
+from omnifp4.runtime.coded import scheme_experts, scheme_linear
 from omnifp4.runtime.filling import fill
 from omnifp4.runtime.names import Renaming
 from omnifp4.runtime.options import current_options
 from omnifp4.runtime.packed import NVFP4Linear, PackedExperts, PackedModule
-from omnifp4.runtime.placement import Placement, place, replace_module
+from omnifp4.runtime.placement import Placement, place, rank_of, replace_module
 from omnifp4.runtime.saving import saved_tensors
 from omnifp4.runtime.scales import Scales, read_scales
 
@@ -129,9 +131,7 @@ class NVFP4Quantizer(HfQuantizer):
         checkpoint = current_options().checkpoint or _open(checkpoint_files)
         renaming = Renaming(model)
         placement = place(model, checkpoint.tensors, renaming, checkpoint.location)
-        packed = [f"{item.module}.weight" for item in placement.linears]
-        packed += [f"{item.module}.{part}" for item in placement.experts for part in ("gate_up_proj", "down_proj")]
-        renaming.check_wide(checkpoint.tensors, placement.packed_names, packed, checkpoint.location)
+        renaming.check_wide(checkpoint.tensors, placement.packed_names, placement.weights, checkpoint.location)
         self._aliases = renaming.aliases
         self._disk_names = {alias: name for name, alias in self._aliases.items()}
         self._scales = read_scales(checkpoint, placement)
@@ -141,6 +141,8 @@ class NVFP4Quantizer(HfQuantizer):
         self._checkpoint, self._placement = checkpoint, placement
         if self.quantization_config.claim.activations is Activations.FP4:
             tell_once("this checkpoint is W4A4; it runs as W4A16 here: weights in FP4, activations in BF16")
+        if rounds_inputs(self.quantization_config.raw):
+            tell_once("this checkpoint says that inputs of some layers are 8-bit; they stay wide here")
         if placement.cache_scales:
             tell_once("this checkpoint has scales for an FP8 KV cache; the cache stays wide here")
         return model
@@ -220,18 +222,29 @@ def put_packed(model: Any, placement: Placement, backend: str) -> None:
 
         def pack_linear(wide: nn.Module, source: Any = source) -> nn.Module:
             assert isinstance(wide, nn.Linear)
-            return NVFP4Linear(wide, backend, reciprocal=source.reciprocal, input_scale=source.input_scale is not None)
+            w4a4, rank = source.input_scale is not None, rank_of(source)
+            return NVFP4Linear(wide, backend, reciprocal=source.reciprocal, input_scale=w4a4, rank=rank)
 
         replace_module(model, linear.module, pack_linear)
     for layer in placement.experts:
         first = layer.gate[0]
 
         def pack_experts(wide: nn.Module, first: Any = first) -> nn.Module:
-            return PackedExperts(wide, backend, reciprocal=first.reciprocal, input_scale=first.input_scale is not None)
+            w4a4, rank = first.input_scale is not None, rank_of(first)
+            return PackedExperts(wide, backend, reciprocal=first.reciprocal, input_scale=w4a4, rank=rank)
 
         replace_module(model, layer.module, pack_experts)
-        # Transformers initializes experts from the module that holds them, by names that packed ones lack.
-        model.get_submodule(layer.module.rpartition(".")[0])._is_hf_initialized = True
+        _keep_experts(model, layer.module)
+    for item in placement.coded:
+        replace_module(model, item.module, partial(scheme_linear, source=item.source))
+    for coded in placement.coded_experts:
+        replace_module(model, coded.module, partial(scheme_experts, source=coded.gate[0]))
+        _keep_experts(model, coded.module)
+
+
+def _keep_experts(model: Any, module: str) -> None:
+    """Transformers initializes experts from the module that holds them, by names that packed ones lack."""
+    model.get_submodule(module.rpartition(".")[0])._is_hf_initialized = True
 
 
 class PartOfPacked(HfQuantizer):

@@ -11,12 +11,14 @@ from torch.utils.dlpack import from_dlpack
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from omnifp4.checkpoint.dialects import LinearEntries
+from omnifp4.checkpoint.dialects import CodedLinear, LinearEntries
 from omnifp4.checkpoint.folder import Checkpoint
 from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.reader import CheckpointReader
-from omnifp4.runtime.packed import NVFP4Linear, PackedExperts, PackedModule
-from omnifp4.runtime.placement import ExpertsPlace, Placement
+from omnifp4.runtime.coded import SchemeExperts, SchemeLinear
+from omnifp4.runtime.packed import Branch, NVFP4Linear, PackedExperts, PackedModule
+from omnifp4.runtime.placement import CodedExpertsPlace, ExpertsPlace, Placement
+from omnifp4.runtime.wide_tensors import TORCH_DTYPES
 
 
 def saved_tensors(
@@ -46,6 +48,10 @@ def saved_tensors(
         tensors.update(_linear_tensors(model.get_submodule(place.module), place.source))
     for layer in placement.experts:
         tensors.update(_experts_tensors(model.get_submodule(layer.module), layer))
+    for item in placement.coded:
+        tensors.update(_coded_tensors(model.get_submodule(item.module), item.source))
+    for coded in placement.coded_experts:
+        tensors.update(_coded_experts_tensors(model.get_submodule(coded.module), coded))
     if placement.cache_scales:
         with CheckpointReader(checkpoint) as reader:
             for entry in placement.cache_scales:
@@ -55,6 +61,7 @@ def saved_tensors(
 
 def _linear_tensors(module: NVFP4Linear, source: LinearEntries) -> Iterator[tuple[str, Tensor]]:
     yield from _tensors(source, module.packed, module.block_scale, module.tensor_scale, module.input_scale)
+    yield from _branch_tensors(source, module.packed_weight().branch, 0)
 
 
 def _experts_tensors(module: PackedExperts, place: ExpertsPlace) -> Iterator[tuple[str, Tensor]]:
@@ -68,6 +75,7 @@ def _experts_tensors(module: PackedExperts, place: ExpertsPlace) -> Iterator[tup
             input_scale = None if gate_up_input is None else gate_up_input[expert, part]
             scale = module.gate_up_tensor_scale[expert]
             yield from _tensors(source, codes[rows], block_scale[rows], scale, input_scale)
+            yield from _branch_tensors(source, module.gate_up(expert).branch, part)
         input_scale = None if down_input is None else down_input[expert]
         yield from _tensors(
             place.down[expert],
@@ -76,6 +84,41 @@ def _experts_tensors(module: PackedExperts, place: ExpertsPlace) -> Iterator[tup
             module.down_tensor_scale[expert],
             input_scale,
         )
+        yield from _branch_tensors(place.down[expert], module.down(expert).branch, 0)
+
+
+def _branch_tensors(source: LinearEntries, branch: Branch | None, part: int) -> Iterator[tuple[str, Tensor]]:
+    """Both halves of the branch of one linear, which is `part` of those that stand over each other."""
+    if source.branch is not None and branch is not None:
+        yield source.branch.up.name, _as_stored(branch.up[part], source.branch.up)
+        yield source.branch.down.name, _as_stored(branch.down[part], source.branch.down)
+
+
+def _coded_tensors(module: SchemeLinear, source: CodedLinear) -> Iterator[tuple[str, Tensor]]:
+    yield from _one_coded(source, module.codes, module.scale, module._buffers.get("input_scale"))
+
+
+def _coded_experts_tensors(module: SchemeExperts, place: CodedExpertsPlace) -> Iterator[tuple[str, Tensor]]:
+    gate_up_input, down_input = module._buffers.get("gate_up_input_scale"), module._buffers.get("down_input_scale")
+    for expert in range(module.num_experts):
+        codes, scale = module.gate_up_codes[expert].chunk(2), module.gate_up_scale[expert].chunk(2)
+        for part, source in enumerate((place.gate[expert], place.up[expert])):
+            inputs = None if gate_up_input is None else gate_up_input[expert, part]
+            yield from _one_coded(source, codes[part], scale[part], inputs)
+        inputs = None if down_input is None else down_input[expert]
+        yield from _one_coded(place.down[expert], module.down_codes[expert], module.down_scale[expert], inputs)
+
+
+def _one_coded(
+    source: CodedLinear, codes: Tensor, scale: Tensor, input_scale: Tensor | None
+) -> Iterator[tuple[str, Tensor]]:
+    assert source.scale is not None
+    yield source.codes.name, _as_stored(codes, source.codes)
+    yield source.scale.name, _as_stored(scale, source.scale)
+    if source.input_scale is not None and input_scale is not None:
+        yield source.input_scale.name, _as_stored(input_scale, source.input_scale)
+    if source.shape_note is not None:
+        yield source.shape_note.name, torch.tensor(source.shape, dtype=TORCH_DTYPES[source.shape_note.dtype])
 
 
 def _tensors(
@@ -98,6 +141,6 @@ def _as_stored(value: Tensor, entry: TensorEntry) -> Tensor:
     # all experts once more.
     # One value may stand under two names on disk (gate and up), which safetensors takes only as two tensors.
     alone = value.clone() if value.numel() == 1 else from_dlpack(value.detach().contiguous())
-    if entry.dtype == "F8_E4M3":
-        alone = alone.view(torch.float8_e4m3fn)
+    if value.dtype == torch.uint8:
+        alone = alone.view(TORCH_DTYPES[entry.dtype])
     return alone.reshape(entry.shape)

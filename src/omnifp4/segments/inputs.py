@@ -26,7 +26,8 @@ def thinker_arguments(thinker: Any, inputs: Inputs, device: torch.device) -> dic
     """Keyword arguments of the thinker's forward, on `device`, with positions ``(4, 1, tokens)`` and without a cache.
 
     Args:
-        thinker: for its rule of positions; its weights are not used.
+        thinker: for its rule of positions; its weights are not used. A model of text alone has no such rule, and takes
+            positions ``(1, tokens)``.
         inputs: one sample.
         device: where the arguments go.
 
@@ -39,6 +40,9 @@ def thinker_arguments(thinker: Any, inputs: Inputs, device: torch.device) -> dic
     ids = tensors["input_ids"]
     if ids.shape[0] != 1:
         raise OmniFP4Error(f"a sample holds {ids.shape[0]} sequences", hint="give each sequence as a sample of its own")
+    text_positions = torch.arange(ids.shape[1], device=device).view(1, -1)
+    if not hasattr(thinker, "get_rope_index"):
+        return {**tensors, "position_ids": text_positions, "use_cache": False}
     audio_mask = tensors.get("feature_attention_mask")
     positions, _ = thinker.get_rope_index(
         ids,
@@ -49,10 +53,9 @@ def thinker_arguments(thinker: Any, inputs: Inputs, device: torch.device) -> dic
         audio_seqlens=None if audio_mask is None else audio_mask.sum(-1),
         second_per_grids=tensors.get("video_second_per_grid"),
     )
-    text_positions = torch.arange(ids.shape[1], device=device).view(1, 1, -1)
     return {
         **tensors,
-        "position_ids": torch.cat([text_positions, positions.to(device)]),
+        "position_ids": torch.cat([text_positions[None], positions.to(device)]),
         "use_audio_in_video": inputs.sound_in_video,
         "use_cache": False,
     }

@@ -1,36 +1,46 @@
-"""Brings parts of a checkpoint into the skeleton and takes them out again, the next one while this one is used."""
+"""Brings parts of a checkpoint into the skeleton and takes them out again.
+
+One part is in memory at a time. While it is used, the system is asked to bring the next one's bytes from disk to its page
+cache, which it may drop again: so the disk never rests, and the process never holds two parts.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
 import torch
 from torch import Tensor, nn
 
-from omnifp4.checkpoint.artifact import find_linears
+from omnifp4.checkpoint.artifact import find_coded, find_linears
 from omnifp4.checkpoint.folder import Checkpoint
 from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import CheckpointError
+from omnifp4.runtime.coded import scheme_experts, scheme_linear
 from omnifp4.runtime.filling import fill
 from omnifp4.runtime.options import LoadOptions
 from omnifp4.runtime.packed import NVFP4Linear, PackedExperts, PackedModule
-from omnifp4.runtime.placement import EXPERT_NAME, Placement, place, replace_module
+from omnifp4.runtime.placement import EXPERT_NAME, Placement, place, rank_of, replace_module
 from omnifp4.runtime.progress import LoadProgress
 from omnifp4.runtime.scales import read_scales
 from omnifp4.runtime.staging import Run, Stager, runs
 from omnifp4.runtime.wide_tensors import TORCH_DTYPES
-from omnifp4.segments.skeleton import Part, Skeleton
+from omnifp4.segments.skeleton import HEAD, Part, Skeleton
 
 MOST_READERS: Final = 8
 """Threads that read one part. A disk wants several requests at once, also where there are few processors."""
+
+ADVISED_BYTES: Final = 128 << 10
+"""Asked for at once. Of a longer range Linux reads only as much as a device's read-ahead window, and this is the smallest
+that is usual."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +75,8 @@ class PartLoader:
         self._stager = Stager(self._reader, self._progress)
         self._readers = ThreadPoolExecutor(min(MOST_READERS, 2 * (os.cpu_count() or 1)), "omnifp4-segment-read")
         self._ahead = ThreadPoolExecutor(1, "omnifp4-segment-ahead")
-        self._coming: dict[str, Future[None]] = {}
+        self._asked: set[str] = set()
+        self._closed = threading.Event()
         self._placements: dict[str, Placement] = {}
         self._spare: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = {}
         self._scratch = threading.local()
@@ -82,22 +93,32 @@ class PartLoader:
 
     def close(self) -> None:
         """End the threads, what they are reading included, and close the files."""
+        self._closed.set()
         self._ahead.shutdown(wait=True, cancel_futures=True)
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
     def read_ahead(self, part: Part) -> None:
-        """Begin to read a part."""
-        if part.name not in self._coming:
-            self._coming[part.name] = self._ahead.submit(self._load, part)
+        """Ask the system to bring a part's bytes from disk to its page cache; they take no memory of this process."""
+        if part.name not in self._asked and hasattr(os, "posix_fadvise"):
+            self._asked.add(part.name)
+            # Nobody asks for the outcome: where a file system cannot do it, the reading itself is only slower.
+            self._ahead.submit(self._advise, part)
 
     def take(self, part: Part) -> nn.Module:
         """The part's module with its weights; waits until they are there."""
-        self.read_ahead(part)
         began = time.perf_counter()
-        self._coming.pop(part.name).result()
+        self._load(part)
         self.waited_seconds += time.perf_counter() - began
         return part.module
+
+    def _advise(self, part: Part) -> None:
+        for shard, begin, end in _ranges(part.entries.values()):
+            for first in range(begin, end, ADVISED_BYTES):
+                if self._closed.is_set():
+                    return
+                length = min(ADVISED_BYTES, end - first)
+                os.posix_fadvise(self._reader.file_descriptor(shard), first, length, os.POSIX_FADV_WILLNEED)
 
     def free(self, part: Part, *, keep_memory: bool = False) -> None:
         """Take the weights out of a part; with `keep_memory` the next part of its shape is read into their place."""
@@ -123,7 +144,7 @@ class PartLoader:
 
     def _load(self, part: Part) -> None:
         placement = self._placements.get(part.name)
-        if placement is None and find_linears(part.entries):
+        if placement is None and (find_linears(part.entries) or find_coded(part.entries)):
             placement = place(self._skeleton.model, part.entries, self._skeleton.renaming, self._checkpoint.location)
             self._swap(part, placement)
             self._placements[part.name] = placement
@@ -131,6 +152,8 @@ class PartLoader:
         self._load_wide(part, {name: entry for name, entry in part.entries.items() if name not in packed})
         if placement is not None:
             self._load_packed(part, placement)
+        # What this part has no use for would stand beside it.
+        self._spare.clear()
         self.read_bytes += part.nbytes
 
     def _swap(self, part: Part, placement: Placement) -> None:
@@ -139,23 +162,40 @@ class PartLoader:
             source = linear.source
 
             def pack_linear(
-                wide: nn.Module, reciprocal: bool = source.reciprocal, w4a4: bool = source.input_scale is not None
+                wide: nn.Module,
+                reciprocal: bool = source.reciprocal,
+                w4a4: bool = source.input_scale is not None,
+                rank: int = rank_of(source),
             ) -> nn.Module:
                 assert isinstance(wide, nn.Linear)
-                return NVFP4Linear(wide, self._backend, reciprocal=reciprocal, input_scale=w4a4)
+                return NVFP4Linear(wide, self._backend, reciprocal=reciprocal, input_scale=w4a4, rank=rank)
 
             part.sources[source.module] = replace_module(model, linear.module, pack_linear)
         for layer in placement.experts:
             first = layer.gate[0]
 
             def pack_experts(
-                wide: nn.Module, reciprocal: bool = first.reciprocal, w4a4: bool = first.input_scale is not None
+                wide: nn.Module,
+                reciprocal: bool = first.reciprocal,
+                w4a4: bool = first.input_scale is not None,
+                rank: int = rank_of(first),
             ) -> nn.Module:
-                return PackedExperts(wide, self._backend, reciprocal=reciprocal, input_scale=w4a4)
+                return PackedExperts(wide, self._backend, reciprocal=reciprocal, input_scale=w4a4, rank=rank)
 
             match = EXPERT_NAME.fullmatch(first.module)
             assert match is not None
             part.sources[match["experts"]] = replace_module(model, layer.module, pack_experts)
+        for item in placement.coded:
+            made = replace_module(model, item.module, partial(scheme_linear, source=item.source))
+            part.sources[item.source.module] = made
+        for coded in placement.coded_experts:
+            match = EXPERT_NAME.fullmatch(coded.gate[0].module)
+            assert match is not None
+            made = replace_module(model, coded.module, partial(scheme_experts, source=coded.gate[0]))
+            part.sources[match["experts"]] = made
+        if part.name == HEAD:
+            # The part is the linear layer itself, which has just been replaced.
+            part.module = self._skeleton.thinker.lm_head
 
     def _load_packed(self, part: Part, placement: Placement) -> None:
         for module in part.module.modules():
@@ -196,7 +236,8 @@ class PartLoader:
                 match = EXPERT_NAME.fullmatch(name.removesuffix(".weight"))
                 owner = match["experts"] if match else ""
             else:
-                owner = name.removesuffix(".weight")
+                fused = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+                owner = name.rpartition(".")[0] if fused else name.removesuffix(".weight")
             pieces.setdefault(target, []).append((place_in, entry))
             module = self._skeleton.model.get_submodule(target.rpartition(".")[0])
             if isinstance(module, nn.Linear) or owner.endswith(".experts"):
@@ -226,6 +267,20 @@ class PartLoader:
 def _place_on_disk(work: Run | _Cast) -> tuple[str, int]:
     entry = work.entries[0] if isinstance(work, Run) else work.entry
     return entry.shard, entry.begin
+
+
+def _ranges(entries: Iterable[TensorEntry]) -> Iterator[tuple[str, int, int]]:
+    """Tensors as ranges of bytes, in the order of the files; neighbours are one."""
+    shard, begin, end = "", 0, 0
+    for entry in sorted(entries, key=lambda entry: (entry.shard, entry.begin)):
+        if (entry.shard, entry.begin) == (shard, end):
+            end = entry.end
+            continue
+        if end > begin:
+            yield shard, begin, end
+        shard, begin, end = entry.shard, entry.begin, entry.end
+    if end > begin:
+        yield shard, begin, end
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

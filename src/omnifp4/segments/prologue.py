@@ -6,7 +6,7 @@ out again, and the forward is ended where it would enter the first layer, whose 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,8 +18,11 @@ from omnifp4.errors import CheckpointError
 from omnifp4.segments.inputs import Inputs, thinker_arguments
 from omnifp4.segments.loading import PartLoader
 from omnifp4.segments.skeleton import AUDIO, EMBEDDINGS, VISION, Skeleton
+from omnifp4.segments.visit import Watch
 
 HOST: Final = torch.device("cpu")
+
+OnTower = Callable[[int, str, Mapping[str, Tensor]], None]
 
 
 @dataclass(slots=True)
@@ -96,7 +99,10 @@ def enter(
     attention: Sequence[str],
     on_part: Callable[[str], None],
     keep: Callable[[int, Tensor], None],
-) -> list[LayerArguments]:
+    skip: Collection[int] = (),
+    on_failure: Callable[[int, Exception], None] | None = None,
+    on_tower: OnTower | None = None,
+) -> list[LayerArguments | None]:
     """Runs towers and embeddings over all samples.
 
     Args:
@@ -106,21 +112,39 @@ def enter(
         attention: implementation in the text decoder, for each sample.
         on_part: called when a part is done.
         keep: takes each sample's states before the first layer.
+        skip: samples that are not run; they get None.
+        on_failure: called with the number of a sample that raised, and what; it then gets None too. Without it the first
+            error ends the run.
+        on_tower: see `run_segments`.
 
     Raises:
         CheckpointError: a sample needs a tower that the checkpoint lacks.
     """
-    replays = _run_towers(skeleton, loader, batches, device, on_part)
+    failed = set(skip)
+
+    def fail(number: int, error: Exception) -> None:
+        if on_failure is None:
+            raise error
+        failed.add(number)
+        on_failure(number, error)
+
+    replays = _run_towers(skeleton, loader, batches, device, on_part, failed, fail, on_tower)
     part = skeleton.parts[EMBEDDINGS]
     loader.take(part)
-    found: list[LayerArguments] = []
+    found: list[LayerArguments | None] = [None] * len(batches)
     with torch.no_grad():
         for number, batch in enumerate(batches):
+            if number in failed:
+                continue
             skeleton.text.config._attn_implementation = attention[number]
-            arguments = thinker_arguments(skeleton.thinker, batch, device)
-            states, held = _first_arguments(skeleton, arguments, replays.get(number, ()))
+            try:
+                arguments = thinker_arguments(skeleton.thinker, batch, device)
+                states, held = _first_arguments(skeleton, arguments, replays.get(number, ()))
+            except Exception as error:
+                fail(number, error)
+                continue
             keep(number, states)
-            found.append(held)
+            found[number] = held
     loader.free(part)
     on_part(EMBEDDINGS)
     return found
@@ -147,12 +171,17 @@ def _run_towers(
     batches: Sequence[Inputs],
     device: torch.device,
     on_part: Callable[[str], None],
+    failed: Set[int],
+    fail: Callable[[int, Exception], None],
+    on_tower: OnTower | None,
 ) -> dict[int, list[_Replay]]:
     replays: dict[int, list[_Replay]] = {}
     for part_name, attribute, methods in _TOWERS:
         keys = [key for key, _, _ in methods]
         chosen = [
-            number for number, batch in enumerate(batches) if any(batch.tensors.get(key) is not None for key in keys)
+            number
+            for number, batch in enumerate(batches)
+            if number not in failed and any(batch.tensors.get(key) is not None for key in keys)
         ]
         if not chosen:
             continue
@@ -161,15 +190,23 @@ def _run_towers(
             raise CheckpointError(f"a sample needs the {part_name}, and the checkpoint has no tensor of it")
         loader.take(part)
         tower = getattr(skeleton.towers, attribute)
-        with torch.no_grad():
+        watch = Watch(part.sources if on_tower is not None else {})
+        with torch.no_grad(), watch.watching():
             for number in chosen:
+                watch.clear()
                 replay = _Replay(tower, device)
-                arguments = thinker_arguments(skeleton.thinker, batches[number], device)
-                with replay.recording():
-                    for key, method, others in methods:
-                        if arguments.get(key) is not None:
-                            named = {name: arguments.get(name) for name in others}
-                            getattr(skeleton.towers, method)(arguments[key], **named, return_dict=True)
+                try:
+                    arguments = thinker_arguments(skeleton.thinker, batches[number], device)
+                    with replay.recording():
+                        for key, method, others in methods:
+                            if arguments.get(key) is not None:
+                                named = {name: arguments.get(name) for name in others}
+                                getattr(skeleton.towers, method)(arguments[key], **named, return_dict=True)
+                    if on_tower is not None:
+                        on_tower(number, part_name, watch.inputs)
+                except Exception as error:
+                    fail(number, error)
+                    continue
                 replays.setdefault(number, []).append(replay)
         loader.free(part)
         on_part(part_name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,11 +23,18 @@ from omnifp4.segments.states import States
 HEAD_POSITIONS: Final = 256
 """Positions whose logits are in memory at once: 156 MB in float32 with the released vocabulary."""
 
+AHEAD: Final = 1
+"""Layers behind the one that is taken whose bytes the disk is asked for."""
+
 SPILL_BYTES: Final = 4_000_000_000
 """Hidden states above this lie in a file."""
 
 Progress = Callable[[int, int, str], None]
 OnLogits = Callable[[int, int, Tensor], None]
+OnTower = Callable[[int, str, Mapping[str, Tensor]], None]
+"""Takes a sample's number, the tower's name, and the inputs ``[rows, in]`` of its linears by checkpoint name."""
+OnFailure = Callable[[int, int | None, Exception], None]
+"""Takes a sample's number, the layer it failed in (None: before the first), and what was raised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,11 @@ def run_segments(
     backend: str = "auto",
     layers: int | None = None,
     on_layer: Callable[[Any], None] | None = None,
+    on_layer_done: Callable[[int], bool] | None = None,
+    on_failure: OnFailure | None = None,
+    skip: Collection[int] = (),
+    on_tower: OnTower | None = None,
+    on_final: Callable[[int, Tensor], None] | None = None,
     positions: Sequence[Tensor] | None = None,
     on_logits: OnLogits | None = None,
     spill_bytes: int = SPILL_BYTES,
@@ -74,12 +86,12 @@ def run_segments(
 ) -> SegmentedRun:
     """Run samples through a thinker whose layers are read from disk one by one.
 
-    Memory: one decoder layer, the next one while it is read, the samples' hidden states, and one sample's activations;
-    before the layers one tower or the embeddings, after them the head. The numbers are bit for bit those of the same
-    sample in the whole model, in the same dtype with the same attention.
+    Memory: one decoder layer, the samples' hidden states, and one sample's activations; before the layers one tower or
+    the embeddings, after them the head. The next layer's bytes are read ahead into the system's page cache. The numbers
+    are bit for bit those of the same sample in the whole model, in the same dtype with the same attention.
 
     Args:
-        checkpoint: folder or opened checkpoint of a Qwen3-Omni, wide or NVFP4.
+        checkpoint: folder or opened checkpoint of a Qwen3-Omni, wide or NVFP4; or of a model of text, such as Qwen3-MoE.
         batches: one sequence each; `omnifp4.chat.inputs.ModelInputs` will do.
         device: where the arithmetic is done.
         dtype: of the arithmetic and of wide weights.
@@ -87,6 +99,14 @@ def run_segments(
         backend: of packed weights, see `choose_backend`.
         layers: stop after so many decoder layers; norm and head are then not run.
         on_layer: called with a `LayerVisit` for every layer and sample, layer by layer.
+        on_layer_done: called with a layer's number after all samples have passed it, while it is loaded. True: all pass
+            it again, with what was changed in it, and this is what the next layer sees.
+        on_failure: called when a sample raises in the model, or `on_layer` raises a `SampleError`; the others go on
+            without it. What this callback raises ends the run. Without it the first error does.
+        skip: samples that are not run.
+        on_tower: called when a sample has passed a tower.
+        on_final: called with a sample's number and its states behind the last norm, ``[tokens, hidden]``: what the head
+            reads. It may raise a `SampleError` too.
         positions: for each sample, int64, at which positions `on_logits` gets the logits; None: at all.
         on_logits: called with the sample's number, the number of the first of these positions, and logits
             ``[positions, vocabulary]`` in `dtype`, at most `HEAD_POSITIONS` at a time.
@@ -102,7 +122,7 @@ def run_segments(
     from omnifp4.segments.loading import PartLoader
     from omnifp4.segments.prologue import LayerArguments, enter, moved
     from omnifp4.segments.skeleton import EMBEDDINGS, HEAD, NORM, Skeleton, layer_part
-    from omnifp4.segments.visit import LayerVisit, Watch
+    from omnifp4.segments.visit import LayerVisit, SampleError, Watch
 
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     target = torch.device(device)
@@ -119,11 +139,13 @@ def run_segments(
     tokens = [int(batch.tensors["input_ids"].shape[1]) for batch in batches]
     hidden = int(skeleton.text.config.hidden_size)
     key = _run_key(opened, batches, dtype, implementations) if work is not None else ""
-    states = States(tokens, hidden, dtype, limit_bytes=spill_bytes, work=work, key=key)
+    twice = on_layer_done is not None
+    states = States(tokens, hidden, dtype, limit_bytes=spill_bytes, keep_before=twice, work=work, key=key)
     if states.done > last:
         states.done = 0
     resumed = states.done
-    names = [EMBEDDINGS, *(layer_part(number) for number in range(resumed, last)), *((NORM, HEAD) if wanted else ())]
+    behind = (NORM, HEAD) if wanted else (NORM,) if layers is None and on_final is not None else ()
+    names = [EMBEDDINGS, *(layer_part(number) for number in range(resumed, last)), *behind]
     total = sum(skeleton.parts[name].nbytes for name in names)
     done = 0
 
@@ -140,49 +162,88 @@ def run_segments(
             if not resumed:
                 states.write(number, value, 0)
 
-        arguments = enter(skeleton, loader, batches, device=target, attention=implementations, on_part=tell, keep=keep)
+        early = None if on_failure is None else (lambda sample, error: on_failure(sample, None, error))
+        arguments = enter(
+            skeleton, loader, batches, device=target, attention=implementations, on_part=tell, keep=keep, skip=skip,
+            on_failure=early, on_tower=on_tower,
+        )  # fmt: skip
         began, waited, read = time.perf_counter(), loader.waited_seconds, loader.read_bytes
 
-        def run_layer(number: int, sample: int, held: LayerArguments, layer: Any) -> tuple[Tensor, Tensor]:
+        def run_layer(number: int, sample: int, held: LayerArguments, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
             skeleton.text.config._attn_implementation = implementations[sample]
             before = states.read(sample).to(target)
-            after = layer(before, **moved(held.named, target))
-            after = after[0] if isinstance(after, tuple) else after
+            given = layer(before, **moved(held.named, target))
+            given = after = given[0] if isinstance(given, tuple) else given
             if number < len(held.added):
                 at, added = moved((held.added_at, held.added[number]), target)
                 after = skeleton.text._deepstack_process(after, at, added)
-            return before, after
+            return before, given, after
+
+        def fail(sample: int, layer: int, error: Exception) -> None:
+            if on_failure is None:
+                raise error
+            arguments[sample] = None
+            on_failure(sample, layer, error)
 
         for number in range(resumed, last):
             part = skeleton.parts[layer_part(number)]
+            coming = range(number, min(number + 1 + AHEAD, last))
+            for other in (
+                *(layer_part(one) for one in coming),
+                *(behind if number + 1 == last else ()),
+            ):
+                loader.read_ahead(skeleton.parts[other])
             layer = loader.take(part)
-            if number + 1 < last:
-                loader.read_ahead(skeleton.parts[layer_part(number + 1)])
             watch = Watch(part.sources if on_layer is not None else {})
             name = next(iter(part.entries)).partition(f"layers.{number}.")[0] + f"layers.{number}"
             with watch.watching():
                 for sample, held in enumerate(arguments):
+                    if held is None:
+                        continue
                     watch.clear()
-                    before, after = run_layer(number, sample, held, layer)
+                    try:
+                        before, given, after = run_layer(number, sample, held, layer)
+                    except Exception as error:
+                        fail(sample, number, error)
+                        continue
                     states.write(sample, after, number + 1)
                     if on_layer is not None:
-                        on_layer(LayerVisit(number, sample, name, layer, watch.inputs, watch.routing, before, after))
+                        visit = LayerVisit(
+                            number, sample, name, layer, watch.inputs, part.sources, watch.routing, before, given, after
+                        )
+                        try:
+                            on_layer(visit)
+                        except SampleError as error:
+                            fail(sample, number, error)
+            if on_layer_done is not None and on_layer_done(number):
+                for sample, held in enumerate(arguments):
+                    if held is not None:
+                        states.write(sample, run_layer(number, sample, held, layer)[2], number + 1)
             states.passed(number + 1)
-            loader.free(part, keep_memory=number + 2 < last)
+            loader.free(part, keep_memory=number + 1 < last)
             tell(part.name)
         seconds, waited = time.perf_counter() - began, loader.waited_seconds - waited
         layer_bytes = loader.read_bytes - read
-        if wanted:
-            assert on_logits is not None
-            norm, head = (loader.take(skeleton.parts[name]) for name in (NORM, HEAD))
+        if behind:
+            norm, *heads = (loader.take(skeleton.parts[name]) for name in behind)
             for sample in range(len(batches)):
+                if arguments[sample] is None:
+                    continue
                 final = norm(states.read(sample).to(target))[0]
+                if on_final is not None:
+                    try:
+                        on_final(sample, final)
+                    except SampleError as error:
+                        fail(sample, last - 1, error)
+                if not heads:
+                    continue
+                assert on_logits is not None
                 if positions is not None:
                     final = final[positions[sample].to(target)]
                 for first in range(0, final.shape[0], HEAD_POSITIONS):
-                    on_logits(sample, first, head(final[first : first + HEAD_POSITIONS]))
-            tell(NORM)
-            tell(HEAD)
+                    on_logits(sample, first, heads[0](final[first : first + HEAD_POSITIONS]))
+            for name in behind:
+                tell(name)
         return SegmentedRun(
             last, skeleton.layers, resumed, len(batches), sum(tokens), loader.read_bytes, layer_bytes, seconds, waited,
             states.nbytes,

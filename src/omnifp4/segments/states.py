@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from omnifp4.errors import OutputError
 
 JOURNAL_NAME: Final = "segments.json"
+LOCK_NAME: Final = "segments.lock"
 
 
 class States:
@@ -27,6 +29,7 @@ class States:
         dtype: torch.dtype,
         *,
         limit_bytes: int,
+        keep_before: bool = False,
         work: Path | None = None,
         key: str = "",
     ) -> None:
@@ -37,11 +40,12 @@ class States:
             hidden: width.
             dtype: of the states.
             limit_bytes: above it they lie in a file that is mapped into memory, which the system may write out.
+            keep_before: a layer's states stay until all samples have passed the next, so that it can be run again.
             work: folder for a run that can go on after it was killed; None if it need not.
             key: of that run: what another run left is used only under the same key.
 
         Raises:
-            OutputError: the file cannot be made.
+            OutputError: the file cannot be made, or another run is at work in the folder.
         """
         self._starts = [0]
         for count in tokens:
@@ -51,19 +55,13 @@ class States:
         self.done = 0
         """Layers that all samples have passed."""
         if work is not None:
-            work.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(work)
             self.done = self._read_journal(work)
             self._banks = [self._map(work / "states-0.bin"), self._map(work / "states-1.bin")]
-        elif self.nbytes > limit_bytes:
-            with tempfile.NamedTemporaryFile(prefix="omnifp4-states-", delete=False) as file:
-                path = Path(file.name)
-            try:
-                self._banks = [self._map(path)]
-            finally:
-                # The mapping keeps it until the end, whatever the end is.
-                path.unlink()
+        elif self.nbytes * (1 + keep_before) > limit_bytes:
+            self._banks = [self._map_nameless() for _ in range(1 + keep_before)]
         else:
-            self._banks = [torch.empty(self._starts[-1], hidden, dtype=dtype)]
+            self._banks = [torch.empty(self._starts[-1], hidden, dtype=dtype) for _ in range(1 + keep_before)]
 
     def read(self, sample: int) -> Tensor:
         """States of a sample after `done` layers, on the host."""
@@ -92,6 +90,15 @@ class States:
     def _bank(self, layers: int) -> Tensor:
         return self._banks[layers % len(self._banks)]
 
+    def _map_nameless(self) -> Tensor:
+        with tempfile.NamedTemporaryFile(prefix="omnifp4-states-", delete=False) as file:
+            path = Path(file.name)
+        try:
+            return self._map(path)
+        finally:
+            # The mapping keeps it until the end, whatever the end is.
+            path.unlink()
+
     def _map(self, path: Path) -> Tensor:
         try:
             with path.open("r+b" if path.exists() else "w+b") as file:
@@ -112,3 +119,20 @@ class States:
         )
         same = isinstance(journal, dict) and journal.get("key") == self._key and isinstance(journal.get("layers"), int)
         return int(journal["layers"]) if same and whole else 0
+
+
+def _locked(work: Path) -> IO[str]:
+    """The folder's lock, held for as long as the file is open: two runs would write over each other's states."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        file = (work / LOCK_NAME).open("w", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{work}: cannot be made: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise OutputError(
+            f"{work}: another run is at work there", hint="wait for its end, or name another folder"
+        ) from None
+    return file

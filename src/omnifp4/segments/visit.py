@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnifp4.errors import OmniFP4Error
+from omnifp4.runtime.coded import SchemeExperts, SchemeLinear, decode
 from omnifp4.runtime.packed import NVFP4Linear, PackedExperts
+
+
+class SampleError(OmniFP4Error):
+    """Raised by a visitor: this sample is no good, and the others may go on without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +42,10 @@ class LayerVisit:
         module: the layer with its weights; what a callback changes in it, the next sample sees.
         inputs: by checkpoint name: of each linear ``[tokens, in]``, and of the routed experts together
             (``….mlp.experts``) ``[tokens, hidden]``, which is also the router's input.
+        modules: of the same names.
         routing: of a layer with experts.
-        before, after: hidden states ``(1, tokens, hidden)``; `after` has the picture's features added that the model
-            adds behind its first layers.
+        before, given, after: hidden states ``(1, tokens, hidden)``: what the layer reads; what it gives; and this with the
+            picture's features that the model adds behind its first layers.
     """
 
     layer: int
@@ -46,8 +53,10 @@ class LayerVisit:
     name: str
     module: nn.Module
     inputs: Mapping[str, Tensor]
+    modules: Mapping[str, nn.Module]
     routing: Routing | None
     before: Tensor
+    given: Tensor
     after: Tensor
 
     @property
@@ -71,7 +80,9 @@ class LayerVisit:
         x = self.expert_inputs(expert) if inputs is None else inputs
         experts = self.experts
         if isinstance(experts, PackedExperts):
-            weight, activate = experts.backend.dequantize(experts.gate_up(expert), x.dtype), experts.activate
+            weight, activate = experts.backend.whole(experts.gate_up(expert), x.dtype), experts.activate
+        elif isinstance(experts, SchemeExperts):
+            weight, activate = decode(*experts.gate_up(expert), experts.form, x.dtype), experts.activate
         else:
             weight, activate = experts.gate_up_proj[expert], experts.act_fn
         gate, up = nn.functional.linear(x, weight).chunk(2, dim=-1)
@@ -108,8 +119,10 @@ class Watch:
     def _keep(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def keep(module: nn.Module, values: tuple[Any, ...], named: dict[str, Any]) -> None:
             x = values[0] if values else next(value for value in named.values() if isinstance(value, torch.Tensor))
-            self.inputs[name] = x.detach().reshape(-1, x.shape[-1])
-            if not isinstance(module, nn.Linear | NVFP4Linear):
+            rows = x.detach().reshape(-1, x.shape[-1])
+            # A tower runs twice over a sample with pictures and videos.
+            self.inputs[name] = torch.cat([self.inputs[name], rows]) if name in self.inputs else rows
+            if not isinstance(module, nn.Linear | NVFP4Linear | SchemeLinear):
                 experts, weights = values[1:3] if len(values) > 2 else (named["top_k_index"], named["top_k_weights"])
                 self.routing = Routing(experts, weights)
 

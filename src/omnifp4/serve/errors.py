@@ -52,6 +52,11 @@ def overloaded(message: str) -> ApiError:
     return ApiError(503, message, kind="server_error", code="overloaded", retry_after=1)
 
 
+def going_down() -> ApiError:
+    """The operator has ended the server."""
+    return overloaded("the server is going down")
+
+
 def too_late(seconds: float) -> ApiError:
     """The answer was not ready in time."""
     return ApiError(504, f"the answer took more than {seconds:g} s", kind="server_error", code="timeout")

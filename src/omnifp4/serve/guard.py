@@ -95,7 +95,8 @@ class Guard:
             told = as_api_error(error)
             if told is None:
                 told = internal_error()
-                log.error("%s %s failed", scope["method"], scope["path"][:200], exc_info=error)
+                # As it would be written in Python: a path may hold line ends, and a log has one line for each event.
+                log.error("%s %r failed", scope["method"], scope["path"][:200], exc_info=error)
             if complete:
                 return
             if status:

@@ -1,7 +1,8 @@
 """From a request's bytes to a job: everything that can be wrong with a request is found here, before it takes a place.
 
 Reading media takes processor time, so it happens beside the model's thread, and long media do not hold up plain text:
-each has a thread and a processor of its own, because a tokenizer must not be changed and used at once.
+each has a thread and a processor of its own, because a tokenizer must not be changed and used at once. That for plain
+text is only ever used.
 """
 
 from __future__ import annotations
@@ -29,12 +30,25 @@ from omnifp4.serve.requests import STREAMED_FORMATS, ChatRequest, SpeechRequest,
 from omnifp4.serve.settings import Settings
 
 LIGHT_BYTES: Final = 65_536
-"""Bodies up to this size may be parsed beside plain text."""
+"""Bodies up to this size may be parsed, and built where they hold text alone, beside plain text."""
+
+QUICK_BYTES: Final = 2_048
+"""Bodies up to this size are worked on where they arrive: going to another thread and back would take as long."""
 
 READ_ALOUD: Final = "Read the following text aloud, word for word:\n\n"
 """Before the text of ``/v1/audio/speech``: the talker speaks an answer, and this is the question that asks for it."""
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """What a job is made of; a job itself belongs to the event loop that makes it."""
+
+    run: TextRun
+    options: Options
+    script: Callable[[], Script] | None
+    audio_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,41 +80,43 @@ class Preparation:
         self._light.shutdown(cancel_futures=True)
         self._heavy.shutdown(cancel_futures=True)
 
-    async def read_chat(self, body: bytes) -> tuple[ChatRequest, list[Message], str | None]:
-        """A chat request, its messages, and the speaker's name if it is to be heard."""
-        return await self._run(len(body) > LIGHT_BYTES, self._read_chat, body)
+    async def chat(self, body: bytes, began: float) -> tuple[ChatRequest, Prepared]:
+        """A chat request and its job; `began` is the ``time.monotonic()`` of its arrival.
 
-    async def read_speech(self, body: bytes) -> tuple[SpeechRequest, list[Message], str]:
-        """A request for speech, the question it stands for, and the speaker's name."""
-        return await self._run(len(body) > LIGHT_BYTES, self._read_speech, body)
+        Raises:
+            ApiError: what is wrong with it.
+            OmniFP4Error: the same, from the chat room.
+        """
+        long = len(body) > LIGHT_BYTES
+        if len(body) <= QUICK_BYTES:
+            request, messages, speaker, built = self._read_chat(body, False)
+        else:
+            request, messages, speaker, built = await self._run(long, self._read_chat, body, long)
+        if built is None:
+            built = await self._run(True, self._build_chat, request, messages, speaker, self._chat.processor)
+        return request, self._prepared(built, began)
 
-    async def chat(self, request: ChatRequest, messages: list[Message], speaker: str | None, began: float) -> Prepared:
-        """The job of a chat request; `began` is the ``time.monotonic()`` of its arrival."""
-        heavy = has_media(messages)
-        build = partial(self._build_chat, request, messages, speaker, self._processor(heavy))
-        run, options, script, audio_tokens = await self._run(heavy, build)
-        return self._prepared(run, options, script, audio_tokens, began)
-
-    async def speech(self, request: SpeechRequest, messages: list[Message], speaker: str, began: float) -> Prepared:
-        """The job of a request for speech."""
-        build = partial(self._build_speech, request, messages, speaker, self._light_processor)
-        run, options, script, audio_tokens = await self._run(False, build)
-        return self._prepared(run, options, script, audio_tokens, began)
+    async def speech(self, body: bytes, began: float) -> tuple[SpeechRequest, Prepared]:
+        """A request for speech and its job; otherwise as `chat`."""
+        long = len(body) > LIGHT_BYTES
+        request, built = await self._run(long, self._read_speech, body, long)
+        return request, self._prepared(built, began)
 
     async def _run(self, heavy: bool, work: Callable[..., Result], *arguments: Any) -> Result:
         pool = self._heavy if heavy else self._light
         return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
     def _processor(self, heavy: bool) -> Any:
+        """That of the thread."""
         return self._chat.processor if heavy else self._light_processor
 
-    def _prepared(
-        self, run: TextRun, options: Options, script: Callable[[], Script] | None, audio_tokens: int, began: float
-    ) -> Prepared:
+    def _prepared(self, built: _Built, began: float) -> Prepared:
         deadline = began + self._settings.limits.request_seconds
-        return Prepared(Job(run, options, script, run.prompt_tokens, began, deadline), audio_tokens)
+        job = Job(built.run, built.options, built.script, built.run.prompt_tokens, began, deadline)
+        return Prepared(job, built.audio_tokens)
 
-    def _read_chat(self, body: bytes) -> tuple[ChatRequest, list[Message], str | None]:
+    def _read_chat(self, body: bytes, heavy: bool) -> tuple[ChatRequest, list[Message], str | None, _Built | None]:
+        """Built at once where this thread may: each change of thread costs a part of the time to the first token."""
         request = parse(body, ChatRequest, self._settings.limits.json_depth)
         self._check_model(request.model)
         messages = read_messages(
@@ -124,9 +140,11 @@ class Preparation:
             speaker = self._speaker(request.audio.voice, "audio.voice")
         if request.stream_options is not None and not request.stream:
             raise bad_request("stream_options is for streams: set stream", "stream_options", "invalid_value")
-        return request, messages, speaker
+        if has_media(messages) and not heavy:
+            return request, messages, speaker, None
+        return request, messages, speaker, self._build_chat(request, messages, speaker, self._processor(heavy))
 
-    def _read_speech(self, body: bytes) -> tuple[SpeechRequest, list[Message], str]:
+    def _read_speech(self, body: bytes, heavy: bool) -> tuple[SpeechRequest, _Built]:
         request = parse(body, SpeechRequest, self._settings.limits.json_depth)
         self._check_model(request.model)
         most = self._settings.limits.speech_characters
@@ -142,7 +160,7 @@ class Preparation:
         checked = read_messages(
             messages, self._settings, self.transcripts, markers=self._markers, defused=self._chat.defused
         )
-        return request, checked, speaker
+        return request, self._build_speech(request, checked, speaker, self._processor(heavy))
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._settings.name:
@@ -164,9 +182,7 @@ class Preparation:
         assert speaker is not None
         return speaker
 
-    def _build_chat(
-        self, request: ChatRequest, messages: list[Message], speaker: str | None, processor: Any
-    ) -> tuple[TextRun, Options, Callable[[], Script] | None, int]:
+    def _build_chat(self, request: ChatRequest, messages: list[Message], speaker: str | None, processor: Any) -> _Built:
         asked = request.max_completion_tokens or request.max_tokens
         options = self._chat.options.changed(
             temperature=request.temperature,
@@ -180,11 +196,9 @@ class Preparation:
         eos = frozenset() if request.ignore_eos else eos_tokens(self._chat.model)
         run, options, audio_tokens = self._build(messages, options, asked, eos, processor, speaker is not None)
         script = None if speaker is None else partial(self._script, run, speaker)
-        return run, options, script, audio_tokens
+        return _Built(run, options, script, audio_tokens)
 
-    def _build_speech(
-        self, request: SpeechRequest, messages: list[Message], speaker: str, processor: Any
-    ) -> tuple[TextRun, Options, Callable[[], Script], int]:
+    def _build_speech(self, request: SpeechRequest, messages: list[Message], speaker: str, processor: Any) -> _Built:
         options = self._chat.options.changed(
             temperature=0, seed=_seed(request.seed), max_speech_seconds=self._settings.limits.speech_seconds
         )
@@ -196,7 +210,7 @@ class Preparation:
         def script() -> Script:
             return Script(run.inputs, run.states, said, eos, speaker)
 
-        return run, options, script, audio_tokens
+        return _Built(run, options, script, audio_tokens)
 
     def _script(self, run: TextRun, speaker: str) -> Script:
         return self._chat.script(run.inputs, run, speaker)
@@ -211,11 +225,11 @@ class Preparation:
         keep_states: bool,
     ) -> tuple[TextRun, Options, int]:
         chat, limits = self._chat, self._settings.limits
+        if asked is not None and asked > limits.new_tokens:
+            raise bad_request(f"max_tokens is {asked}; this server allows up to {limits.new_tokens}", "max_tokens")
         loaded, _ = chat.read(messages)
         inputs = build_inputs(chat.model, processor, loaded, device=chat.device)
         room = chat.context_tokens - inputs.prompt_tokens
-        if asked is not None and asked > limits.new_tokens:
-            raise bad_request(f"max_tokens is {asked}; this server allows up to {limits.new_tokens}", "max_tokens")
         if room < (asked or 1):
             raise ContextError(
                 f"the conversation has {inputs.prompt_tokens} tokens and the answer may have {asked or 1}, together "
@@ -224,8 +238,11 @@ class Preparation:
         options = options.changed(max_new_tokens=asked or min(limits.default_new_tokens, room))
         sampling = sampling_of(options, getattr(chat.model, "generation_config", None))
         run = TextRun(chat.engine, inputs, processor.tokenizer, sampling, eos, options, keep_states=keep_states)
-        audio_token = chat.model.config.thinker_config.audio_token_id
-        return run, options, int((inputs.tensors["input_ids"] == audio_token).sum())
+        audio_tokens = 0
+        if "input_features" in inputs.tensors:
+            audio_token = chat.model.config.thinker_config.audio_token_id
+            audio_tokens = int((inputs.tensors["input_ids"] == audio_token).sum())
+        return run, options, audio_tokens
 
 
 def _seed(seed: int | None) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from omnifp4.serve.settings import Limits
 
+SPARE_CONNECTIONS: Final = 64
+"""Above the limit, so that who asks is told that it is reached."""
+
 
 class BoundedProtocol(H11Protocol):
-    """Closes connections whose headers do not come, and those that take nothing of what is written to them."""
+    """Closes connections above the limit, those whose headers do not come, and those that take nothing of what is written to them."""
 
     limits = Limits()
 
@@ -22,6 +25,10 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.limits.connections + SPARE_CONNECTIONS:
+            # uvicorn answers 503 above the limit, but only those who ask: who is silent would be kept.
+            transport.abort()
+            return
         self._header_timer = self.loop.call_later(self.limits.header_seconds, transport.abort)
 
     def data_received(self, data: bytes) -> None:

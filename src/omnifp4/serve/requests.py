@@ -49,7 +49,7 @@ class ChatRequest(_Strict):
 
     model: str | None = None
     messages: list[dict[str, Any]] = Field(min_length=1)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     modalities: list[Literal["text", "audio"]] | None = None
     audio: AudioWish | None = None
@@ -82,7 +82,7 @@ class SpeechRequest(_Strict):
     input: str = Field(min_length=1)
     voice: str | VoiceId = "default"
     instructions: str | None = None
-    response_format: Literal["wav", "pcm", "pcm16", "mp3", "flac", "opus"] = "wav"
+    response_format: Literal["wav", "pcm", "pcm16", "mp3", "flac", "opus"] = "mp3"
     stream_format: Literal["audio"] = "audio"
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
@@ -96,6 +96,7 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "n": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
+    "min_p": (0,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
@@ -112,7 +113,7 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "echo": (False,),
     "best_of": (1,),
 }
-"""Fields of OpenAI's that this server knows only at values that change nothing."""
+"""Fields of OpenAI's and Open WebUI's that this server knows only at values that change nothing."""
 
 _PASSED_OVER: Final = ("safety_identifier", "prompt_cache_key", "verbosity", "reasoning_effort")
 """Fields of OpenAI's that ask for nothing which the answer would show."""

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
+import math
 import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
 
+from omnifp4.chat.generation import sampling_of
 from omnifp4.chat.media import MediaRules
 from omnifp4.chat.omni_chat import OmniChat
-from omnifp4.decoding.engine import choose_engine
+from omnifp4.decoding.engine import EngineFull, Sampling, Sequence, choose_engine
 from omnifp4.errors import OmniFP4Error
 from omnifp4.serve.app import Service, create_app
 from omnifp4.serve.protocol import protocol_for
 from omnifp4.serve.settings import CPU_SEQUENCES, GPU_SEQUENCES, Settings
 
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS: Final = 0.0005
 """For which a thread may keep the interpreter from others."""
 
-GRACE_SECONDS = 5
+WARM_TOKENS: Final = 16
+"""Of each answer made to warm up: one for each doubling of their number, and some more."""
+
+GRACE_SECONDS: Final = 5
 """That answers under way have to end after Ctrl-C."""
+LAST_SECONDS: Final = 3
+"""After those, for telling their listeners that they end here."""
 
 
 def media_rules(settings: Settings) -> MediaRules:
@@ -82,8 +91,30 @@ def open_service(
     # Graphs are captured and kernels built before anybody waits, and while no other thread uses the device.
     chat.ask("Hello", speak=chat.speech, max_new_tokens=2, temperature=0, max_speech_seconds=0.5)
     chat.reset()
+    if engine.name == "cuda-graph":
+        warm_up(chat, most_sequences)
     folder = folder or (Path(model) if isinstance(model, str | Path) and Path(model).is_dir() else None)
     return Service.start(chat, settings, most_sequences=most_sequences, folder=folder)
+
+
+def warm_up(chat: OmniChat, most_sequences: int) -> None:
+    """Makes tokens for 1, 2, 4 … answers at once, greedy and as the checkpoint draws: an engine captures a step for each."""
+    engine = chat.engine
+    messages, _ = chat.read("Hello")
+    inputs, _ = chat.start_text(messages, chat.options.changed(max_new_tokens=WARM_TOKENS), keep_states=False)
+    own = sampling_of(chat.options, getattr(chat.model, "generation_config", None))
+    for sampling in dict.fromkeys((Sampling(), own)):
+        under_way: list[Sequence] = []
+        try:
+            while len(under_way) < most_sequences:
+                for _ in range(min(max(1, len(under_way)), most_sequences - len(under_way))):
+                    under_way.append(engine.start(inputs, sampling, most_tokens=WARM_TOKENS))
+                engine.step(under_way)
+        except EngineFull:
+            pass  # so many never are under way at once
+        finally:
+            for sequence in under_way:
+                engine.stop(sequence)
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -105,10 +136,45 @@ def listen(settings: Settings) -> socket.socket:
     return taken
 
 
-def make_server(service: Service) -> uvicorn.Server:
-    """uvicorn with the bounds of the service's settings."""
+def settle_process() -> None:
+    """Makes this process one that serves: to be called once, when everything is loaded."""
     # The thread that makes tokens comes back from the device and wants the interpreter; 5 ms are half of a step.
     sys.setswitchinterval(SWITCH_SECONDS)
+    # What is there now stays. Looking through it for garbage, as Python does now and then, takes longer than ten steps.
+    gc.collect()
+    gc.freeze()
+
+
+class _Server(uvicorn.Server):
+    """Says when it can be reached, and ends answers in good order: a stream that is cut has an error as its last event."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, grace_seconds: float, on_start: Callable[[], object]
+    ) -> None:
+        super().__init__(config)
+        self._service = service
+        self._grace_seconds = grace_seconds
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._grace_seconds, self._service.scheduler.give_up)
+        await super().shutdown(sockets)
+
+
+def make_server(
+    service: Service, grace_seconds: float = GRACE_SECONDS, on_start: Callable[[], object] = lambda: None
+) -> uvicorn.Server:
+    """uvicorn with the bounds of the service's settings.
+
+    Args:
+        service: what is served.
+        grace_seconds: that answers under way have when the server is told to end.
+        on_start: called when connections are taken.
+    """
     limits = service.settings.limits
     config = uvicorn.Config(
         create_app(service),
@@ -122,9 +188,9 @@ def make_server(service: Service) -> uvicorn.Server:
         limit_concurrency=limits.connections,
         h11_max_incomplete_event_size=limits.header_bytes,
         timeout_keep_alive=limits.idle_seconds,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(grace_seconds) + LAST_SECONDS,
     )
-    return uvicorn.Server(config)
+    return _Server(config, service, grace_seconds, on_start)
 
 
 def serve(model: str, settings: Settings, *, say: Callable[[str], object], **options: Any) -> None:
@@ -141,19 +207,22 @@ def serve(model: str, settings: Settings, *, say: Callable[[str], object], **opt
         begin = time.perf_counter()
         service = open_service(model, settings, **options)
         try:
-            host, port = taken.getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            engine = service.chat.engine
-            say(
-                f"{settings.name} is ready after {time.perf_counter() - begin:.1f} s; engine {engine.name}: {engine.reason}"
-            )
-            say(
-                f"up to {service.scheduler.most_sequences} answers at once, {service.chat.context_tokens} tokens of context"
-            )
-            say(f"chat page: http://{shown}:{port}/    OpenAI base URL: http://{shown}:{port}/v1")
-            if not settings.is_loopback and settings.api_key is None:
-                say("warning: everybody who reaches this machine can use the model (set --api-key)")
-            make_server(service).run(sockets=[taken])
+            settle_process()
+
+            def told() -> None:
+                host, port = taken.getsockname()[:2]
+                shown = f"[{host}]" if ":" in host else host
+                engine, scheduler = service.chat.engine, service.scheduler
+                taken_s = time.perf_counter() - begin
+                say(f"{settings.name} is ready after {taken_s:.1f} s; engine {engine.name}: {engine.reason}")
+                say(
+                    f"up to {scheduler.most_sequences} answers at once, {service.chat.context_tokens} tokens of context"
+                )
+                if not settings.is_loopback and settings.api_key is None:
+                    say("warning: everybody who reaches this machine can use the model (set --api-key)")
+                say(f"chat page: http://{shown}:{port}/    OpenAI base URL: http://{shown}:{port}/v1")
+
+            make_server(service, on_start=told).run(sockets=[taken])
         finally:
             service.close()
     finally:

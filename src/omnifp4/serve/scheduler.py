@@ -19,7 +19,7 @@ from typing import Any, Final
 from omnifp4.chat.answer import SAMPLING_RATE, SpeechPiece, TextPiece
 from omnifp4.chat.speech import speak
 from omnifp4.decoding.engine import DecodingError, Engine, EngineFull
-from omnifp4.serve.errors import as_api_error, internal_error, overloaded, too_late
+from omnifp4.serve.errors import as_api_error, going_down, internal_error, overloaded, too_late
 from omnifp4.serve.job import Ended, Failed, Job, JobEvent, TextDone, deliver
 from omnifp4.serve.metrics import Metrics
 
@@ -95,16 +95,22 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Queues a job; its events come until `Ended` or `Failed`, or until it is cancelled."""
         with self._wake:
+            if self._closing:
+                raise going_down()
             if not self.alive:
                 raise internal_error()
             self._arrived.append(job)
             self._wake.notify()
 
-    def close(self) -> None:
-        """Gives up all jobs and ends the threads."""
+    def give_up(self) -> None:
+        """Ends all jobs, whose listeners are told; returns at once."""
         with self._wake:
             self._closing = True
             self._wake.notify()
+
+    def close(self) -> None:
+        """As `give_up`, and ends the threads."""
+        self.give_up()
         self._to_write.put(None)
         self._to_say.put(None)
         for thread in self._threads:
@@ -115,6 +121,9 @@ class Scheduler:
             work()
         except BaseException:
             log.exception("a thread of the server ended; restart the server")
+            # Nobody else would ever tell those who wait.
+            left = [*self._active, *self._waiting, *self._arrived]
+            deliver([(job, Failed(internal_error())) for job in left])
             raise
 
     # Tokens
@@ -127,8 +136,7 @@ class Scheduler:
             self._metrics.running.set(len(self._active))
             self._metrics.waiting.set(len(self._waiting))
         for job in [*self._active, *self._waiting]:
-            job.run.interrupt()
-            deliver([(job, Failed(overloaded("the server is going down")))])
+            self._fail(job, going_down())
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -179,7 +187,8 @@ class Scheduler:
             self._metrics.new_tokens.inc()
             self._active.append(job)
             self._end_or_keep([job])
-            self._to_write.put([job])
+            # The first token takes the short way; the writer has nothing of this job yet.
+            self._write_all([job])
             admitted += 1
 
     def _step(self) -> None:
@@ -230,11 +239,14 @@ class Scheduler:
 
     def _write(self) -> None:
         while (jobs := self._to_write.get()) is not None:
-            posts: list[tuple[Job, JobEvent]] = []
-            for job in jobs:
-                if not job.ending:
-                    self._write_one(job, posts)
-            deliver(posts)
+            self._write_all(jobs)
+
+    def _write_all(self, jobs: list[Job]) -> None:
+        posts: list[tuple[Job, JobEvent]] = []
+        for job in jobs:
+            if not job.ending:
+                self._write_one(job, posts)
+        deliver(posts)
 
     def _write_one(self, job: Job, posts: list[tuple[Job, JobEvent]]) -> None:
         try:
@@ -275,10 +287,16 @@ class Scheduler:
 
     def _say_one(self, job: Job) -> str:
         assert job.script is not None
+        if self._closing:
+            raise going_down()
+        if job.late:
+            raise too_late(job.deadline - job.began)
         with closing(speak(self._model, job.script(), job.options, chunks=True)) as pieces:
             for waveform in pieces:
-                if job.cancelled or self._closing:
+                if job.cancelled:
                     return "cancelled"
+                if self._closing:
+                    raise going_down()
                 if job.late:
                     raise too_late(job.deadline - job.began)
                 self._metrics.speech_seconds.inc(len(waveform) / SAMPLING_RATE)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 from omnifp4.chat.meter import process_bytes
 from omnifp4.chat.omni_chat import OmniChat
-from omnifp4.checkpoint.artifact import find_linears
+from omnifp4.checkpoint.artifact import find_coded, find_linears
 from omnifp4.checkpoint.folder import open_checkpoint
 from omnifp4.receipt.base import package_version
 from omnifp4.serve.scheduler import Scheduler
@@ -52,12 +53,17 @@ def weights_of(folder: Path) -> tuple[PartWeights, ...]:
         for entry in (one.block_scale, one.tensor_scale, one.input_scale)
         if entry is not None
     }
+    weights = {one.packed.name: 2 * one.packed.parameters for one in linears.values()}
+    for other in find_coded(checkpoint.tensors).values():
+        weights[other.codes.name] = prod(other.shape)
+        codes |= {other.codes.name} if other.scheme.code_bits == 4 else set()
+        scales |= {entry.name for entry in other.entries} - {other.codes.name}
     sums: dict[str, list[int]] = {part: [0, 0, 0] for part, _ in PARTS}
     for name, entry in checkpoint.tensors.items():
         part = _part_of(name)
         if part is None:
             continue
-        count = 2 * entry.parameters if name in codes else 0 if name in scales else entry.parameters
+        count = 0 if name in scales else weights.get(name, entry.parameters)
         sums[part][0] += count
         sums[part][1] += count if name in codes else 0
         sums[part][2] += entry.nbytes

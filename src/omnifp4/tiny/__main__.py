@@ -1,4 +1,4 @@
-"""``python -m omnifp4.tiny OUT``: write the tiny omni model, or random weights at a released model's shapes."""
+"""``python -m omnifp4.tiny OUT``: write the trained tiny omni model, or random weights at a released model's shapes."""
 
 from __future__ import annotations
 
@@ -50,15 +50,18 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         prog="python -m omnifp4.tiny",
-        description="Write the tiny Qwen3-Omni checkpoint, or random weights at the shapes of a real config.",
+        description="Write the trained tiny Qwen3-Omni checkpoint, or random weights at its or a real config's shapes.",
     )
     result.add_argument("out", metavar="OUT", type=Path, help="folder to write; must be new or empty")
     shape = result.add_mutually_exclusive_group()
     shape.add_argument("--config", metavar="FILE", type=Path, help="random weights at the shapes of this config.json")
     shape.add_argument("--real", choices=sorted(RELEASED_CONFIGS), help="the same, of a released model")
-    result.add_argument("--layers", type=parse_count, metavar="N", help="decoder layers of the thinker")
+    shape.add_argument("--random", action="store_true", help="random weights at the shapes of a still smaller config")
+    result.add_argument(
+        "--layers", type=parse_count, metavar="N", help="decoder layers of the thinker, of random weights"
+    )
     result.add_argument("--shard-bytes", type=parse_bytes, metavar="SIZE", help="most data in one file, such as 5GB")
-    result.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
+    result.add_argument("--seed", type=int, help="of random weights (default: 0)")
     result.add_argument("--text-only", action="store_true", help="with --config or --real: the thinker's decoder alone")
     result.add_argument("--workers", type=parse_count, metavar="N", help="with --config or --real: threads")
     return result
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_random_checkpoint(
                 config,
                 options.out,
-                seed=options.seed,
+                seed=options.seed or 0,
                 shard_bytes=options.shard_bytes or REAL_SHARD_BYTES,
                 layers=options.layers,
                 text_only=options.text_only,
@@ -88,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             write_tiny_omni(
                 options.out,
+                random_weights=options.random,
                 seed=options.seed,
                 layers=options.layers,
                 shard_bytes=options.shard_bytes or TINY_SHARD_BYTES,

@@ -1,7 +1,7 @@
-"""Writes checkpoints of random weights: the bundled tiny omni model, or any known config at its real shapes.
+"""Writes checkpoints: the bundled tiny omni model, or random weights for it or any known config at its real shapes.
 
-The config says what exists (`omnifp4.models.layout_for`), `weights` says what the numbers are, `shards` says where they
-go. Neither torch nor transformers is imported.
+The config says what exists (`omnifp4.models.layout_for`), `trained` and `weights` say what the numbers are,
+`shards` says where they go. Neither torch nor transformers is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from omnifp4.errors import ModelError, OutputError
 from omnifp4.models import layout_for
 from omnifp4.models.base import Part, TensorSpec
-from omnifp4.tiny import weights
+from omnifp4.tiny import trained, weights
 from omnifp4.tiny.shards import BF16_BYTES, Shard, Slot, claim_folder, index_text, plan_shards, write_file
 
 TINY_SHARD_BYTES = 50_000_000
@@ -54,7 +54,7 @@ def asset_bytes(name: str) -> bytes:
 
 
 def tiny_config() -> dict[str, Any]:
-    """The tiny omni model's config."""
+    """The config of the tiny omni model of random weights; `trained.trained_config` is the trained one's."""
     config: dict[str, Any] = json.loads(asset_bytes("config.json"))
     return config
 
@@ -76,17 +76,24 @@ def released_config(name: str) -> dict[str, Any]:
 
 
 def write_tiny_omni(
-    folder: str | os.PathLike[str], *, seed: int = 0, layers: int | None = None, shard_bytes: int = TINY_SHARD_BYTES
+    folder: str | os.PathLike[str],
+    *,
+    random_weights: bool = False,
+    seed: int | None = None,
+    layers: int | None = None,
+    shard_bytes: int = TINY_SHARD_BYTES,
 ) -> Path:
-    """Writes a small, complete Qwen3-Omni checkpoint with random weights.
+    """Writes a small, complete Qwen3-Omni checkpoint: the trained tiny model, or random weights at smaller sizes.
 
     It has every part of the released architecture, a tokenizer with the released special tokens, and all that
-    Transformers needs to load model and processor offline.
+    Transformers needs to load model and processor offline. What the trained one can do stands in its model card,
+    ``tiny/weights/README.md`` of the package.
 
     Args:
         folder: to write to; made if missing, refused if not empty.
-        seed: of the weights; the same seed gives the same bytes.
-        layers: decoder layers of the thinker; None keeps the config's four.
+        random_weights: write random weights. Naming a seed or layers does too.
+        seed: of random weights, 0 if None; the same seed gives the same bytes.
+        layers: decoder layers of the thinker of random weights; None keeps the config's four.
         shard_bytes: the most data bytes in one weight file.
 
     Returns:
@@ -95,9 +102,13 @@ def write_tiny_omni(
     Raises:
         OutputError: the folder is not empty or cannot be written.
     """
-    config = with_layers(tiny_config(), layers)
-    files_beside = {name: asset_bytes(name) for name in TINY_FILES}
-    return _write(config, layout_for(config).tensors, Path(folder), seed, shard_bytes, 1, files_beside, None)
+    beside = {name: asset_bytes(name) for name in TINY_FILES}
+    if random_weights or seed is not None or layers is not None:
+        config = with_layers(tiny_config(), layers)
+        return _write(config, layout_for(config).tensors, Path(folder), seed or 0, shard_bytes, 1, beside, None)
+    preprocessor = json.loads(beside["preprocessor_config.json"]) | {"max_pixels": trained.MOST_PIXELS}
+    beside["preprocessor_config.json"] = (json.dumps(preprocessor, indent=2) + "\n").encode()
+    return _write_trained(Path(folder), shard_bytes, beside)
 
 
 def write_random_checkpoint(
@@ -201,6 +212,28 @@ def _write(
     needed = [tensor for tensor in tensors if not tensor.optional]
     draws = {t.name: weights.draw_for(t.name, t.shape, t.is_linear) for t in needed}
     shards = plan_shards(((t.name, t.shape) for t in needed), shard_bytes)
+    with _checkpoint(config, shards, folder, files_beside) as descriptors:
+        _write_parts(_parts(shards, descriptors, draws), seed, workers, on_bytes)
+    return folder
+
+
+def _write_trained(folder: Path, shard_bytes: int, files_beside: Mapping[str, bytes]) -> Path:
+    config = trained.trained_config()
+    shapes = trained.trained_shapes()
+    shards = plan_shards(shapes.items(), shard_bytes)
+    place = {slot.name: (number, slot.offset) for number, shard in enumerate(shards) for slot in shard.slots}
+    with _checkpoint(config, shards, folder, files_beside) as descriptors:
+        for name, data in trained.trained_tensors():
+            number, offset = place[name]
+            _write_all(descriptors[number], data, offset)
+    return folder
+
+
+@contextmanager
+def _checkpoint(
+    config: Mapping[str, Any], shards: tuple[Shard, ...], folder: Path, files_beside: Mapping[str, bytes]
+) -> Iterator[list[int]]:
+    """A checkpoint under way: gives a descriptor for each shard; all is in place when the block ends without an error."""
     claim_folder(folder)
     total = sum(shard.byte_count for shard in shards)
     free = shutil.disk_usage(folder).free
@@ -214,7 +247,7 @@ def _write(
                 file.write(shard.header)
                 file.truncate(shard.byte_count)
                 file.flush()
-            _write_parts(_parts(shards, [file.fileno() for file in opened], draws), seed, workers, on_bytes)
+            yield [file.fileno() for file in opened]
         for shard, path in zip(shards, partials, strict=True):
             path.replace(folder / shard.file_name)
         if len(shards) > 1:
@@ -229,7 +262,6 @@ def _write(
         # After a failure or an interrupt, so that the next try does not find the folder occupied by torn files.
         for path in partials:
             path.unlink(missing_ok=True)
-    return folder
 
 
 def _write_parts(parts: Iterator[_Part], seed: int, workers: int, on_bytes: Callable[[int], None] | None) -> None:

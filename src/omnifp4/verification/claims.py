@@ -6,15 +6,28 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from omnifp4.checkpoint.artifact import ENGINE_PLACE
+from omnifp4.checkpoint.branch import BRANCH_ALGORITHM
 from omnifp4.checkpoint.dialects import COMPRESSED_TENSORS, MODELOPT, QuantizationClaim
+from omnifp4.checkpoint.dialects.compressed_tensors import FORMATS
 from omnifp4.checkpoint.folder import LEGACY_QUANT_CONFIG_NAME
 from omnifp4.formats.nvfp4 import BLOCK_SIZE
+from omnifp4.formats.scheme import Scheme
 from omnifp4.verification.findings import Findings
+from omnifp4.verification.matching import group_scheme
 from omnifp4.verification.subject import Subject, engine_claim
 
 AUTO_ROUND: Final = "auto-round"
-CT_FORMATS: Final = ("nvfp4-pack-quantized", "mixed-precision")
+NVFP4_FORMAT: Final = FORMATS[Scheme.NVFP4]
+MIXED_FORMAT: Final = "mixed-precision"
+
+CODED_FORMATS: Final[Mapping[Scheme, tuple[str, ...]]] = {
+    Scheme.MXFP4: (FORMATS[Scheme.MXFP4],),
+    Scheme.FP8: (FORMATS[Scheme.FP8], "naive-quantized"),
+    Scheme.INT8: (FORMATS[Scheme.INT8], "int-quantized", "naive-quantized"),
+}
+"""What compressed-tensors calls the layouts of the schemes beside NVFP4."""
 FP4_ALGORITHMS: Final = ("NVFP4", "W4A16_NVFP4")
+CODED_ALGORITHMS: Final = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP4")
 MIXED: Final = "MIXED_PRECISION"
 
 REPAIR: Final = "omnifp4 repair IN OUT writes a quantization_config that says what the tensors are"
@@ -34,9 +47,9 @@ def check_place(subject: Subject) -> Findings:
         found.add(f"{ENGINE_PLACE} is a {type(raw).__name__}, not an object")
         return found
     if not subject.claims:
-        if subject.fp4:
+        if subject.quantized:
             found.add(
-                f"{len(subject.fp4):,} linears are FP4, but config.json has no quantization_config: engines would read "
+                f"{len(subject.quantized):,} linears are {'quantized' if subject.coded else 'FP4'}, but config.json has no quantization_config: engines would read "
                 "the codes as weights"
             )
         else:
@@ -48,7 +61,7 @@ def check_place(subject: Subject) -> Findings:
         _judge_elsewhere(found, subject.claims, legacy)
     elif legacy is not None:
         _compare_legacy(found, top, legacy)
-    if top is not None and not subject.fp4:
+    if top is not None and not subject.quantized:
         found.notes.append("yet no tensor is FP4")
     return found
 
@@ -98,7 +111,7 @@ def check_scheme(subject: Subject) -> Findings:
     if claim.dialect == MODELOPT.name:
         _judge_modelopt(found, claim, subject)
     elif claim.dialect == COMPRESSED_TENSORS.name:
-        _judge_compressed_tensors(found, claim)
+        _judge_compressed_tensors(found, claim, subject)
     elif claim.dialect == AUTO_ROUND:
         _judge_auto_round(found, claim)
     else:
@@ -117,29 +130,57 @@ def _judge_modelopt(found: Findings, claim: QuantizationClaim, subject: Subject)
     found.passed = f"modelopt, {algorithm}, groups of {claim.group_size or BLOCK_SIZE}"
     if algorithm == MIXED:
         layers = subject.mixed_layers
-        if not any(value in FP4_ALGORITHMS for value in layers.values()):
-            found.add("quant_algo is MIXED_PRECISION, but quantized_layers names no layer of NVFP4 or W4A16_NVFP4")
+        known = FP4_ALGORITHMS if subject.fp4 or not subject.coded else (*FP4_ALGORITHMS, *CODED_ALGORITHMS)
+        if not any(value in known for value in layers.values()):
+            found.add(f"quant_algo is MIXED_PRECISION, but quantized_layers names no layer of {' or '.join(known)}")
         found.passed = f"modelopt, {MIXED}, {len(layers):,} layers named"
-    elif algorithm not in FP4_ALGORITHMS:
+    elif algorithm == BRANCH_ALGORITHM or any(linear.branch for linear in subject.fp4.values()):
+        _judge_branches(found, algorithm, claim, subject)
+    elif algorithm not in FP4_ALGORITHMS and not (subject.coded and not subject.fp4 and algorithm in CODED_ALGORITHMS):
         found.add(f"quant_algo {algorithm or 'none'} is none of {', '.join((*FP4_ALGORITHMS, MIXED))}")
-    _judge_numbers(found, claim, required=False)
-    if claim.group_size not in (0, BLOCK_SIZE):
+    if not subject.coded:
+        _judge_numbers(found, claim, subject, required=False)
+    if subject.fp4 and claim.group_size not in (0, BLOCK_SIZE):
         found.add(_wrong_group(claim.group_size))
 
 
-def _judge_compressed_tensors(found: Findings, claim: QuantizationClaim) -> None:
+def _judge_branches(found: Findings, algorithm: str, claim: QuantizationClaim, subject: Subject) -> None:
+    """Low-rank branches: beside every FP4 linear, under the algorithm that says so."""
+    without = [module for module, linear in subject.fp4.items() if linear.branch is None]
+    if algorithm != BRANCH_ALGORITHM:
+        found.add(
+            f"quant_algo {algorithm or 'none'} says nothing of the branches that are there: {BRANCH_ALGORITHM} does"
+        )
+    elif without:
+        found.add(f"quant_algo is {BRANCH_ALGORITHM}, but {without[0]} has no branch beside it")
+    found.notes.append(
+        f"{BRANCH_ALGORITHM}: omnifp4 runs it; vLLM up to 0.32 refuses it, and so does Transformers alone"
+    )
+
+
+def _judge_compressed_tensors(found: Findings, claim: QuantizationClaim, subject: Subject) -> None:
     raw = claim.raw
     form = raw.get("format")
-    group_forms = [group.get("format") for _, group in _groups(raw)]
-    found.passed = f"compressed-tensors, {CT_FORMATS[0]}, {claim.activations.value}"
-    if form not in CT_FORMATS or (form == CT_FORMATS[1] and CT_FORMATS[0] not in group_forms):
-        found.add(f"format {form!r} is not {CT_FORMATS[0]}")
+    group_forms = [group.get("format") or form for _, group in _groups(raw)]
+    wanted: dict[str, tuple[str, ...]] = {}
+    if subject.fp4 or not subject.coded:
+        wanted[NVFP4_FORMAT] = (NVFP4_FORMAT,)
+    wanted |= {FORMATS[linear.scheme]: CODED_FORMATS[linear.scheme] for linear in subject.coded.values()}
+    found.passed = f"compressed-tensors, {', '.join(wanted)}, {claim.activations.value}"
+    for name, names in wanted.items():
+        if form not in (*names, MIXED_FORMAT) or (form == MIXED_FORMAT and not set(names).intersection(group_forms)):
+            found.add(
+                f"format {form!r} is not {name if len(wanted) == 1 else f'{MIXED_FORMAT} with a group of {name}'}"
+            )
+    if branch := next((module for module, linear in subject.fp4.items() if linear.branch), ""):
+        found.add(f"{branch} has a low-rank branch, which compressed-tensors has no word for: engines leave it out")
     if raw.get("quantization_status") not in ("compressed", None):
         found.add(f"quantization_status is {raw.get('quantization_status')!r}, not compressed")
-    _judge_numbers(found, claim, required=True)
+    _judge_numbers(found, claim, subject, required=True)
 
 
-def _judge_numbers(found: Findings, claim: QuantizationClaim, *, required: bool) -> None:
+def _judge_numbers(found: Findings, claim: QuantizationClaim, subject: Subject, *, required: bool) -> None:
+    schemes = {linear.scheme for linear in subject.coded.values()}
     groups = list(_groups(claim.raw))
     if required and not groups:
         found.add("config_groups is missing or empty, so no layer has a scheme")
@@ -156,6 +197,11 @@ def _judge_numbers(found: Findings, claim: QuantizationClaim, *, required: bool)
             if not isinstance(numbers, dict):
                 found.add(f"config_groups.{name}.{part} is no object")
                 continue
+            if part == "input_activations" and numbers.get("num_bits") == 8 and group_scheme(group) in schemes:
+                continue
+            if part == "weights" and group_scheme(group) in schemes:
+                _judge_coded(found, name, group, claim)
+                continue
             if numbers.get("num_bits") != 4 or numbers.get("type") != "float":
                 found.add(
                     f"config_groups.{name}.{part} is of {numbers.get('num_bits')!r} bits and type "
@@ -165,6 +211,24 @@ def _judge_numbers(found: Findings, claim: QuantizationClaim, *, required: bool)
                 found.add(f"config_groups.{name}.{part}: {_wrong_group(numbers.get('group_size'))}")
             if numbers.get("strategy") not in (None, "tensor_group"):
                 found.add(f"config_groups.{name}.{part} has strategy {numbers.get('strategy')!r}, not 'tensor_group'")
+
+
+def _judge_coded(found: Findings, name: str, group: Mapping[str, Any], claim: QuantizationClaim) -> None:
+    """A group of a scheme beside NVFP4: the format that goes with it, and one scale for each channel, block or tensor."""
+    scheme, numbers = group_scheme(group), group.get("weights")
+    assert scheme is not None and isinstance(numbers, dict)
+    form = group.get("format") or claim.raw.get("format")
+    if form not in CODED_FORMATS[scheme]:
+        found.add(
+            f"config_groups.{name}: format {form!r} is not that of {scheme}: {' or '.join(CODED_FORMATS[scheme])}"
+        )
+    wanted = ("group",) if scheme is Scheme.MXFP4 else ("channel", "tensor")
+    if numbers.get("strategy") not in wanted:
+        found.add(
+            f"config_groups.{name}.weights has strategy {numbers.get('strategy')!r}, {scheme} has {' or '.join(wanted)}"
+        )
+    if numbers.get("symmetric") is False:
+        found.add(f"config_groups.{name}.weights is not symmetric: {scheme} with a zero point is not known here")
 
 
 def _judge_auto_round(found: Findings, claim: QuantizationClaim) -> None:

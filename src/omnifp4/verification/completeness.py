@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from omnifp4.checkpoint.dialects import LinearEntries
+from omnifp4.checkpoint.dialects import CodedLinear, LinearEntries
 from omnifp4.checkpoint.dtypes import WIDE_FLOATS
 from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.formats.nvfp4 import BLOCK_SIZE
@@ -29,7 +29,7 @@ def check_tensors(subject: Subject) -> tuple[Findings, set[str]]:
     present: set[str] = set()
     sound: set[str] = set()
     for module, linear in subject.fp4.items():
-        parts = (linear.packed, linear.block_scale, linear.tensor_scale, linear.input_scale)
+        parts = (linear.packed, linear.block_scale, linear.tensor_scale, linear.input_scale, *(linear.branch or ()))
         accounted.update(part.name for part in parts if part is not None)
         weight = f"{module}.weight"
         present.add(weight)
@@ -39,6 +39,14 @@ def check_tensors(subject: Subject) -> tuple[Findings, set[str]]:
         elif not spec.is_linear:
             found.add(f"{linear.packed.name}: FP4, but it is no linear layer's weight, the only thing NVFP4 can hold")
         problems = _linear_problems(linear, spec)
+        if not problems:
+            sound.add(module)
+        for problem in problems:
+            found.add(problem)
+    for module, coded in subject.coded.items():
+        accounted.update(entry.name for entry in coded.entries)
+        present.add(f"{module}.weight")
+        problems = _coded_problems(coded, subject.layout.by_name.get(f"{module}.weight"), subject.layout.model_type)
         if not problems:
             sound.add(module)
         for problem in problems:
@@ -88,6 +96,26 @@ def _linear_problems(linear: LinearEntries, spec: TensorSpec | None) -> list[str
     for entry in (linear.tensor_scale, linear.input_scale):
         if entry is not None:
             problems += _entry_problem(entry, "F32", ((), (1,)))
+    if linear.branch is not None:
+        rank = (linear.branch.up.shape or (0,))[-1]
+        problems += _entry_problem(linear.branch.up, "BF16", ((rows, rank),))
+        problems += _entry_problem(linear.branch.down, "BF16", ((rank, 2 * half),))
+    return problems
+
+
+def _coded_problems(linear: CodedLinear, spec: TensorSpec | None, model_type: str) -> list[str]:
+    scheme = linear.scheme.value.upper()
+    if spec is None:
+        return [f"{linear.codes.name}: {scheme}, but a {model_type} of this config has no such linear"]
+    if not spec.is_linear:
+        return [f"{linear.codes.name}: {scheme}, but it is no linear layer's weight"]
+    problems = linear.problems()
+    if not problems and linear.shape != spec.shape:
+        turned = ": transposed" if linear.shape == spec.shape[::-1] else ""
+        problems.append(
+            f"{linear.codes.name}: {scheme} codes of a weight of {list(linear.shape)} where the config makes it "
+            f"{list(spec.shape)}{turned}"
+        )
     return problems
 
 
@@ -117,7 +145,7 @@ def _judge_unknown(found: Findings, subject: Subject, wide: list[str]) -> None:
         if KV_SCALE.search(name):
             if not has_kv:
                 found.add(f"{name}: a scale of the key-value cache, which the config does not say is quantized")
-        elif _is_fp8_scale(subject, name):
+        elif name.endswith(("_scale", "_scale_inv")) and _is_other_fp8(subject, name.rpartition(".")[0]):
             continue
         elif name.endswith(STATISTIC):
             statistics += 1
@@ -141,7 +169,7 @@ def _judge_wide(found: Findings, subject: Subject, wide: list[str]) -> None:
             if entry.shape != spec.shape:
                 turned = ": transposed" if entry.shape == spec.shape[::-1] else ""
                 found.add(f"{name}: shape {list(entry.shape)} where the config makes it {list(spec.shape)}{turned}")
-            elif entry.dtype not in WIDE_FLOATS and not _is_fp8(subject, spec.module):
+            elif entry.dtype not in WIDE_FLOATS and not _is_other_fp8(subject, spec.module):
                 found.add(f"{name}: {entry.dtype}, but a tensor that is not FP4 must be {', '.join(WIDE_FLOATS)}")
         elif name in fused and subject.layout.fused_form(name, entry.shape) is None:
             shapes = " or ".join(str(list(shape)) for shape in subject.layout.fused_shapes(name))
@@ -156,9 +184,6 @@ def _claims_kv(raw: object) -> bool:
     return bool(raw.get("kv_cache_scheme") or raw.get("kv_cache_quant_algo") or legacy.get("kv_cache_quant_algo"))
 
 
-def _is_fp8(subject: Subject, module: str) -> bool:
-    return "FP8" in subject.mixed_layers.get(module, "")
-
-
-def _is_fp8_scale(subject: Subject, name: str) -> bool:
-    return name.endswith(("_scale", "_scale_inv")) and _is_fp8(subject, name.rpartition(".")[0])
+def _is_other_fp8(subject: Subject, module: str) -> bool:
+    """FP8 in a form that is not judged here, as mixed precision says."""
+    return "FP8" in subject.mixed_layers.get(module, "") and module not in subject.coded

@@ -7,6 +7,7 @@ from typing import Final
 
 from omnifp4.checkpoint.dtypes import DTYPE_BITS
 from omnifp4.formats.nvfp4 import BLOCK_SIZE
+from omnifp4.formats.scheme import Scheme
 from omnifp4.verification.findings import Findings
 from omnifp4.verification.subject import READABLE_KINDS, Subject, is_readable
 from omnifp4.verification.taking import Taking
@@ -28,7 +29,10 @@ def check_present(subject: Subject, taking: Taking) -> Findings:
     found = Findings("fp4.present", "FP4 tensors are where the config says", fix=AGAIN)
     total = len(subject.linear_specs)
     found.passed = f"{len(subject.fp4):,} of {total:,} linears are FP4"
-    if not subject.fp4:
+    for scheme, count in subject.linears_by_scheme.items():
+        if scheme != Scheme.NVFP4.value:
+            found.passed += f", {count:,} {scheme.upper()}"
+    if not subject.quantized:
         parts = sum(spec.parameters for spec in subject.linear_specs.values())
         said = "though the config claims a quantization" if subject.claims else "and the config claims nothing else"
         found.failed = f"1.00x: nothing is quantized, {said}"
@@ -51,18 +55,18 @@ def check_present(subject: Subject, taking: Taking) -> Findings:
 
 
 def check_coverage(subject: Subject) -> Findings:
-    """``fp4.coverage``: only what engines read as FP4, and what survives it, was quantized."""
+    """``fp4.coverage``: only what engines read quantized, and what survives it, was quantized."""
     found = Findings(
         "fp4.coverage",
         "nothing is FP4 that engines build wide",
         fix="quantize again with an ignore list, or: omnifp4 repair IN OUT --source WIDE",
     )
-    if not subject.fp4:
+    if not subject.quantized:
         found.unchecked = "no tensor is FP4"
         return found
     asked: Counter[str] = Counter()
     outside: dict[str, list[str]] = {}
-    for module in subject.fp4:
+    for module in subject.quantized:
         spec = subject.layout.by_name.get(f"{module}.weight")
         if spec is None or is_readable(spec):
             continue
@@ -107,10 +111,12 @@ def check_ratio(subject: Subject, taking: Taking) -> Findings:
 
 def _expected_bytes(subject: Subject, taking: Taking) -> int:
     """Bytes of all tensors if every linear that the config says is FP4 were."""
-    claimed = set(taking.claimed_but_wide)
+    claimed, coded = set(taking.claimed_but_wide), subject.coded
     total = 0
     for spec in subject.layout.tensors:
-        if spec.is_linear and (spec.module in subject.fp4 or spec.module in claimed):
+        if spec.is_linear and spec.module in coded:
+            total += sum(entry.nbytes for entry in coded[spec.module].entries)
+        elif spec.is_linear and (spec.module in subject.fp4 or spec.module in claimed):
             total += spec.parameters // 2 + spec.parameters // BLOCK_SIZE + SCALE_BYTES
         else:
             entry = subject.checkpoint.tensors.get(spec.name)

@@ -6,11 +6,12 @@ It answers as `Dialect.is_ignored` does for one module at a time; a test holds t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import translate
-from typing import Final
+from typing import Any, Final
 
 from omnifp4.checkpoint.dialects import COMPRESSED_TENSORS, QuantizationClaim
+from omnifp4.formats.scheme import Scheme
 
 REGEX_PREFIX: Final = "re:"
 
@@ -70,24 +71,65 @@ def excluded_modules(dialect: str, modules: Sequence[str], entries: Iterable[str
     return excluded_by_modelopt(modules, entries)
 
 
-def taken_modules(claim: QuantizationClaim, mixed_layers: Iterable[str], modules: Sequence[str]) -> set[str]:
-    """Those of `modules` that the config says are FP4, by checkpoint names.
+ALGORITHM_SCHEMES: Final[Mapping[str, Scheme]] = {
+    "NVFP4": Scheme.NVFP4,
+    "W4A16_NVFP4": Scheme.NVFP4,
+    "FP8": Scheme.FP8,
+    "FP8_PER_CHANNEL_PER_TOKEN": Scheme.FP8,
+    "MXFP4": Scheme.MXFP4,
+    "W8A16": Scheme.INT8,
+}
+"""What ModelOpt's names of algorithms say of the weights."""
+
+
+def group_scheme(group: Mapping[str, Any]) -> Scheme | None:
+    """The scheme that a config group of compressed-tensors asks for; None for one that is unknown here."""
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        return None
+    bits, kind, size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
+    if (bits, kind) == (4, "float"):
+        return Scheme.MXFP4 if size == Scheme.MXFP4.block_size else Scheme.NVFP4
+    if bits != 8:
+        return None
+    return Scheme.FP8 if kind == "float" else Scheme.INT8 if kind == "int" else None
+
+
+def said_schemes(
+    claim: QuantizationClaim, mixed_layers: Mapping[str, str], modules: Sequence[str]
+) -> dict[str, Scheme | None]:
+    """The scheme that the config says of each of `modules` that it does not leave wide, by checkpoint names.
 
     Args:
         claim: the config.
-        mixed_layers: of mixed precision, the layers that are named as FP4; none for other configs.
+        mixed_layers: of mixed precision, the algorithm of each layer that is named; none for other configs.
         modules: all linears.
+
+    Returns:
+        None for a scheme that is not known here.
     """
-    layers = set(mixed_layers)
-    if layers:
-        return taken_by_name(layers, modules)
+    if mixed_layers:
+        said: dict[str, Scheme | None] = {}
+        for scheme, layers in layers_by_scheme(mixed_layers).items():
+            said.update(dict.fromkeys(taken_by_name(layers, modules), scheme))
+        return said
     if claim.dialect == "auto-round":
-        return _taken_by_auto_round(claim, modules)
+        return dict.fromkeys(_taken_by_auto_round(claim, modules), Scheme.NVFP4)
     excluded = excluded_modules(claim.dialect, modules, claim.ignore)
     remaining = [module for module in modules if module not in excluded]
     if claim.dialect == COMPRESSED_TENSORS.name:
-        return _targeted(claim, remaining)
-    return set(remaining)
+        return targeted(claim, remaining)
+    algorithm = str(claim.raw.get("quant_algo", "")).upper()
+    # What a config with an unknown algorithm says is judged elsewhere; here it means what its tensors mostly are.
+    return dict.fromkeys(remaining, ALGORITHM_SCHEMES.get(algorithm, Scheme.NVFP4))
+
+
+def layers_by_scheme(mixed_layers: Mapping[str, str]) -> dict[Scheme | None, set[str]]:
+    """Names of layers by what their algorithm means; None for algorithms that are unknown here."""
+    found: dict[Scheme | None, set[str]] = {}
+    for layer, algorithm in mixed_layers.items():
+        found.setdefault(ALGORITHM_SCHEMES.get(algorithm), set()).add(layer)
+    return found
 
 
 def taken_by_name(layers: set[str], modules: Iterable[str]) -> set[str]:
@@ -102,15 +144,27 @@ def taken_by_name(layers: set[str], modules: Iterable[str]) -> set[str]:
     return taken
 
 
-def _targeted(claim: QuantizationClaim, modules: Sequence[str]) -> set[str]:
+def targeted(claim: QuantizationClaim, modules: Sequence[str], *, classes: bool = True) -> dict[str, Scheme | None]:
+    """The scheme of each of `modules` that a group targets: by its name first, then, with `classes`, as any linear."""
+    said: dict[str, Scheme | None] = {}
+    every: list[Scheme | None] = []
+    for targets, scheme in _groups(claim):
+        for module in excluded_by_compressed_tensors(modules, targets):
+            said.setdefault(module, scheme)
+        if classes and "Linear" in targets:
+            every.append(scheme)
+    if every:
+        for module in modules:
+            said.setdefault(module, every[0])
+    return said
+
+
+def _groups(claim: QuantizationClaim) -> Iterator[tuple[list[str], Scheme | None]]:
     groups = claim.raw.get("config_groups")
-    targets: list[str] = []
     for group in groups.values() if isinstance(groups, dict) else ():
         listed = group.get("targets") if isinstance(group, dict) else None
-        targets += [str(target) for target in listed] if isinstance(listed, list) else []
-    if "Linear" in targets:
-        return set(modules)
-    return excluded_by_compressed_tensors(modules, targets)
+        if isinstance(listed, list):
+            yield [str(target) for target in listed], group_scheme(group)
 
 
 def _taken_by_auto_round(claim: QuantizationClaim, modules: Sequence[str]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,15 +11,16 @@ from pathlib import Path
 from omnifp4.checkpoint.folder import open_checkpoint
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import OmniFP4Error
+from omnifp4.formats.scheme import Scheme
 from omnifp4.models.source import Source, match_source
 from omnifp4.receipt.base import Verdict, this_environment
 from omnifp4.receipt.verification import Check, TensorError, VerificationReceipt
-from omnifp4.verification import claims, completeness, coverage, fake, files, ignoring, scales, taking
+from omnifp4.verification import claims, coded, completeness, coverage, fake, files, folds, ignoring, scales, taking
 from omnifp4.verification.findings import Findings
 from omnifp4.verification.reading import Meter, Progress, default_threads
 from omnifp4.verification.subject import FAKE_QUANT, Subject, read_subject
 from omnifp4.verification.untouched import check_untouched
-from omnifp4.verification.values import check_values
+from omnifp4.verification.values import MOST_WORST, ValueResult, check_values
 
 
 def verify(
@@ -60,7 +62,7 @@ class _Proof:
         self.error: float | None = None
         self.worst: tuple[TensorError, ...] = ()
         self._meter = Meter(progress, _bytes_to_read(subject, source))
-        self._wide_on_purpose = subject.is_fake_quant and not subject.fp4 and not subject.claims
+        self._wide_on_purpose = subject.is_fake_quant and not subject.quantized and not subject.claims
 
     def checks(self) -> Iterator[Findings]:
         subject = self.subject
@@ -69,6 +71,8 @@ class _Proof:
         if not self._wide_on_purpose:
             yield claims.check_place(subject)
             yield claims.check_scheme(subject)
+            if (schemes := taking.check_schemes(subject, taken)) is not None:
+                yield schemes
         yield complete
         if not self._wide_on_purpose:
             yield coverage.check_present(subject, taken)
@@ -89,11 +93,15 @@ class _Proof:
                 yield scales.check_plausible(subject, values)
                 yield scales.check_shared(subject, values)
                 yield scales.check_inputs(subject, values)
+                if subject.coded:
+                    yield coded.check_coded_scales(subject, sound, reader, self.threads, self._meter)
             yield files.check_shards(subject)
             yield files.check_checksums(subject, reader, self.threads, self._meter)
             wide = self.source.checkpoint if self.source is not None else None
             yield files.check_side_files(subject, wide)
             yield files.check_config(subject, wide)
+            if (folded := folds.check_folds(subject)) is not None:
+                yield folded
             yield from self._against(sound, values, reader, stack)
 
     def _against(
@@ -116,12 +124,24 @@ class _Proof:
             result = check_values(self.subject, sound, values, self.source, readers, self.threads, self._meter)
         self.error, self.worst = result.error, result.worst
         yield result.findings
+        if self.subject.coded:
+            others = coded.check_coded_values(self.subject, sound, self.source, readers, self.threads, self._meter)
+            self.error, self.worst = _together(result, others)
+            yield others.findings
         yield check_untouched(self.subject, rounded, self.source, readers, self.threads, self._meter)
+
+
+def _together(one: ValueResult, other: ValueResult) -> tuple[float | None, tuple[TensorError, ...]]:
+    """The error of both, and the worst of both."""
+    worst = sorted((*one.worst, *other.worst), key=lambda tensor: -tensor.relative_squared_error)[:MOST_WORST]
+    energy, squared_error = one.energy + other.energy, one.squared_error + other.squared_error
+    return (squared_error / energy if energy and math.isfinite(squared_error) else None), tuple(worst)
 
 
 def _bytes_to_read(subject: Subject, source: Source | None) -> int:
     data = sum(entry.nbytes for entry in subject.checkpoint.tensors.values())
     total = sum(li.block_scale.nbytes for li in subject.fp4.values() if li.block_scale is not None)
+    total += sum(li.codes.nbytes for li in subject.coded.values() if li.scheme is Scheme.FP8)
     total += data if files.stored_checksums(subject) is not None else 0
     if source is not None:
         total += data + sum(entry.nbytes for entry in source.checkpoint.tensors.values())
@@ -144,15 +164,17 @@ def _receipt(
         for entry in (linear.packed, linear.block_scale, linear.tensor_scale, linear.input_scale)
         if entry is not None
     )
+    stored += sum(entry.parameters for linear in subject.coded.values() for entry in linear.entries)
     return VerificationReceipt(
         artifact=str(subject.folder),
         against=str(against) if against is not None else None,
-        dialect=FAKE_QUANT if subject.is_fake_quant and not subject.fp4 else dialect,
+        dialect=FAKE_QUANT if subject.is_fake_quant and not subject.quantized else dialect,
         model_type=subject.layout.model_type,
-        activations=subject.activations.value if subject.fp4 else "wide",
+        activations=subject.activations.value if subject.quantized else "wide",
         verdict=verdict,
         checks=checks,
-        fp4_linears=len(subject.fp4),
+        fp4_linears=sum(scheme.code_bits == 4 for scheme in subject.quantized.values()),
+        schemes=subject.linears_by_scheme,
         fp4_parameters=subject.fp4_parameters,
         wide_parameters=parameters - stored,
         weight_bytes=subject.checkpoint.weight_bytes,

@@ -10,6 +10,7 @@ from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.models.source import Source, SourceTensor
 from omnifp4.verification.findings import Findings
+from omnifp4.verification.folds import folded_difference
 from omnifp4.verification.reading import PANEL_BYTES, Buffers, Meter, batches, in_threads
 from omnifp4.verification.subject import Subject
 from omnifp4.verification.values import REQUANTIZE, SourceNames
@@ -29,7 +30,7 @@ def check_untouched(
     pairs: list[tuple[TensorEntry, SourceTensor | TensorEntry]] = []
     unmatched = 0
     for name in tensors:
-        is_codes = name.endswith(".weight") and name.removesuffix(".weight") in subject.fp4
+        is_codes = name.endswith(".weight") and name.removesuffix(".weight") in subject.quantized
         if name not in subject.layout.by_name or is_codes or name in rounded:
             continue
         original = names.find(name)
@@ -48,7 +49,7 @@ def check_untouched(
     def look(batch: list[tuple[TensorEntry, SourceTensor | TensorEntry]]) -> list[str]:
         problems = []
         for entry, original in batch:
-            if problem := _difference(entry, original, readers, buffers):
+            if problem := _difference(subject, entry, original, readers, buffers):
                 problems.append(problem)
             meter.add(2 * entry.nbytes, "untouched tensors")
         return problems
@@ -66,6 +67,7 @@ def check_untouched(
 
 
 def _difference(
+    subject: Subject,
     entry: TensorEntry,
     original: SourceTensor | TensorEntry,
     readers: tuple[CheckpointReader, CheckpointReader],
@@ -77,6 +79,9 @@ def _difference(
         return f"{entry.name}: {entry.dtype}, in the source {theirs.dtype}"
     if entry.shape != shape:
         return f"{entry.name}: shape {list(entry.shape)}, in the source {list(shape)}"
+    if entry.name in subject.folds:
+        bits = original.read(readers[1]) if isinstance(original, SourceTensor) else readers[1].read(original)
+        return folded_difference(subject, entry.name, entry.dtype, readers[0].read(entry), bits)
     whole = None
     if isinstance(original, SourceTensor) and original.fused is not None:
         whole = original.read(readers[1]).reshape(-1).view(np.uint8)

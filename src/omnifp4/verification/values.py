@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -11,15 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from omnifp4.checkpoint.dialects import LinearEntries
-from omnifp4.checkpoint.dtypes import NUMPY_DTYPES
-from omnifp4.checkpoint.header import TensorEntry
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.formats.nvfp4 import BLOCK_SIZE, EXPECTED_RELATIVE_ERROR, ScaleRule
+from omnifp4.formats.widening import widen
 from omnifp4.models.source import Source, SourceTensor
 from omnifp4.receipt.verification import TensorError
 from omnifp4.verification.diagnosis import EXPLAINED, Suspect, diagnose
 from omnifp4.verification.findings import Findings
-from omnifp4.verification.reading import PANEL_BYTES, Buffers, Meter, batches, in_threads
+from omnifp4.verification.folds import folded_panels
+from omnifp4.verification.panels import read_rows
+from omnifp4.verification.reading import Buffers, Meter, batches, in_threads
 from omnifp4.verification.scales import ScaleValues
 from omnifp4.verification.subject import RECEIPT_NAME, Subject
 
@@ -73,11 +74,14 @@ class ValueResult:
     Attributes:
         error: of all linears together; None if none was compared.
         worst: the largest errors first.
+        squared_error, energy: of all together.
     """
 
     findings: Findings
     error: float | None = None
     worst: tuple[TensorError, ...] = field(default=())
+    squared_error: float = 0.0
+    energy: float = 0.0
 
 
 class SourceNames:
@@ -118,14 +122,15 @@ def check_values(
     if not pairs:
         found.unchecked = "no FP4 linear could be joined to an original"
         return ValueResult(found)
-    compare = _comparer(scales, readers, Buffers(), meter)
+    compare = _comparer(subject, scales, readers, Buffers(), meter)
     results: list[Compared] = []
     groups = batches(pairs, lambda pair: pair[0].packed.nbytes * 4)
     for batch in in_threads(lambda items: [compare(*item) for item in items], groups, threads):
         results += batch
     _judge(found, subject, results, names, readers)
     energy = math.fsum(result.energy for result in results)
-    error = math.fsum(result.squared_error for result in results) / energy if energy else 0.0
+    squared_error = math.fsum(result.squared_error for result in results)
+    error = squared_error / energy if energy else 0.0
     worst = sorted(results, key=lambda result: -result.error)[:MOST_WORST]
     found.passed = (
         f"{len(results):,} linears, relative squared error {error:.3g} "
@@ -146,6 +151,8 @@ def check_values(
             )
             for result in worst
         ),
+        squared_error,
+        energy,
     )
 
 
@@ -155,7 +162,11 @@ def finite(value: float) -> float:
 
 
 def _comparer(
-    scales: ScaleValues, readers: tuple[CheckpointReader, CheckpointReader], buffers: Buffers, meter: Meter
+    subject: Subject,
+    scales: ScaleValues,
+    readers: tuple[CheckpointReader, CheckpointReader],
+    buffers: Buffers,
+    meter: Meter,
 ) -> Callable[[LinearEntries, SourceTensor], Compared]:
     from omnifp4.formats import fast_cpu  # Numba takes a moment, and only this check needs it.
 
@@ -167,26 +178,42 @@ def _comparer(
         tensor_scale = scales.tensor[linear.module]
         error = energy = swapped = largest = 0.0
         nonfinite, expected = 0, 0.0
-        for first, raw in original_panels(original, source, buffers):
-            count = len(raw)
-            packed = _read_rows(artifact, linear.packed, first, count, half, buffers, "packed")
-            block = _read_rows(artifact, linear.block_scale, first, count, 2 * half // BLOCK_SIZE, buffers, "block")
+        branch = _branch(linear, artifact)
+        for first, panel, dtype in folded_panels(subject, f"{linear.module}.weight", original, source, buffers):
+            raw, count = panel, len(panel)
+            if not first:
+                sample = raw[:: max(1, count // SAMPLE_ROWS)][:SAMPLE_ROWS]
+                expected = _expected_error(fast_cpu.encode, sample, dtype)
+            if branch is not None:
+                # The codes stand for what the branch leaves over; the energy is that of the whole weight.
+                whole = widen(panel, dtype)
+                energy += float(np.square(whole, dtype=np.float64).sum())
+                raw, dtype = whole - branch[0][first : first + count] @ branch[1], "F32"
+            packed = read_rows(artifact, linear.packed, first, count, half, buffers, "packed")
+            block = read_rows(artifact, linear.block_scale, first, count, 2 * half // BLOCK_SIZE, buffers, "block")
             with np.errstate(all="ignore"):
-                stats = fast_cpu.compare(raw, original.entry.dtype, packed, block, tensor_scale, linear.reciprocal)
+                stats = fast_cpu.compare(raw, dtype, packed, block, tensor_scale, linear.reciprocal)
             error += stats.squared_error
-            energy += stats.energy
+            energy += 0.0 if branch is not None else stats.energy
             swapped += stats.swapped_squared_error
             largest = max(largest, stats.max_abs_error)
             nonfinite += stats.nonfinite
-            if not first:
-                sample = raw[:: max(1, count // SAMPLE_ROWS)][:SAMPLE_ROWS]
-                expected = _expected_error(fast_cpu.encode, sample, original.entry.dtype)
             meter.add(raw.nbytes + packed.nbytes + block.nbytes, "values")
         with np.errstate(all="ignore"):
             relative_swap = float(np.float64(swapped) / np.float64(energy)) if energy else math.inf
         return Compared(linear.module, error, energy, largest, expected, relative_swap, nonfinite)
 
     return compare
+
+
+def _branch(
+    linear: LinearEntries, reader: CheckpointReader
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
+    """The low-rank part beside a linear: up ``[out, r]`` and down ``[r, in]``."""
+    if linear.branch is None:
+        return None
+    up, down = (widen(reader.read(entry), entry.dtype) for entry in linear.branch)
+    return up, down
 
 
 def _expected_error(encode: Callable[..., Any], sample: npt.NDArray[Any], dtype: str) -> float:
@@ -197,32 +224,6 @@ def _expected_error(encode: Callable[..., Any], sample: npt.NDArray[Any], dtype:
     except ValueError:
         return floor
     return max(floor, stats.squared_error / stats.energy) if stats.energy else floor
-
-
-def original_panels(
-    original: SourceTensor, reader: CheckpointReader, buffers: Buffers
-) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """An original a few rows at a time: the first row's number, and bits ``[rows, in]``, valid until the next ones."""
-    rows, columns = original.spec.shape
-    dtype = NUMPY_DTYPES[original.entry.dtype]
-    step = max(1, PANEL_BYTES // max(1, columns * dtype.itemsize))
-    if original.fused is not None:
-        whole = original.read(reader)
-        for first in range(0, rows, step):
-            yield first, whole[first : first + step]
-        return
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
-        raw = _read_rows(reader, original.entry, first, count, columns * dtype.itemsize, buffers, "raw")
-        yield first, raw.reshape(-1).view(dtype).reshape(count, columns)
-
-
-def _read_rows(
-    reader: CheckpointReader, entry: TensorEntry, first: int, count: int, row_bytes: int, buffers: Buffers, role: str
-) -> npt.NDArray[np.uint8]:
-    buffer = buffers.take(role, count * row_bytes)
-    reader.read_into(entry, buffer, first * row_bytes)
-    return buffer.reshape(count, row_bytes)
 
 
 def _judge(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import base64
 import io
 import math
 import random
@@ -12,6 +12,19 @@ import zlib
 from typing import Final
 
 SOUND_RATE_HZ: Final = 16_000
+VIDEO_RATE_HZ: Final = 4
+KEY_FRAME: Final = 0x10
+JPEG_SIZE: Final = (96, 64)
+JPEG_TABLE: Final = b"\xff\xdb\x00C\x00"
+"""Before the quantization table of brightness, whose first entry is the step of a block's mean."""
+JPEG: Final = base64.b64decode(
+    b"/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19iZ2hnPk1x"
+    b"eXBkeFxlZ2P/2wBDARESEhgVGC8aGi9jQjhCY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2P/wAAR"
+    b"CABAAGADASIAAhEBAxEB/8QAFQABAQAAAAAAAAAAAAAAAAAAAAb/xAAUEAEAAAAAAAAAAAAAAAAAAAAA/8QAFQEBAQAAAAAAAAAAAAAAAAAA"
+    b"AAT/xAAWEQEBAQAAAAAAAAAAAAAAAAAABEH/2gAMAwEAAhEDEQA/AI8AAAAAAAAAAAAABXJFXJaMWyaAJVgkVckVU+o68AFSIAAAAVyRVyWj"
+    b"FsmgCVYJFXJFVPqOvABUiAAAAAAAAAAAAAAf/9k="
+)
+"""A square on dark ground, made for this file."""
 WORDS: Final = (
     "river", "window", "copper", "seven", "garden", "slowly", "paper", "bright", "under", "music", "stone", "after",
     "letter", "cold", "yellow", "engine", "quiet", "morning", "thread", "island", "carry", "open", "winter", "round",
@@ -60,26 +73,32 @@ def sound_sample(seed: int, seconds: float = 1.0) -> bytes:
     return out.getvalue()
 
 
-def can_make_video() -> bool:
-    """Whether PyAV and numpy are here to encode one."""
-    return importlib.util.find_spec("av") is not None
+def video_sample(seed: int, seconds: float = 1.0) -> bytes:
+    """An AVI file of 96 x 64 pictures, motion JPEG, 4 a second: a square on dark ground whose brightness changes.
 
-
-def video_sample(seed: int, seconds: float = 1.0, width: int = 96, height: int = 64) -> bytes:
-    """An MP4 of a moving square at 4 frames a second. Needs PyAV; see `can_make_video`."""
-    import av
-    import numpy as np
-
+    It needs no encoder: the pictures are one JPEG whose quantization step of the mean is drawn for each. (Pictures
+    that are not compressed would need nothing at all, but OpenCV 5.0, with which vLLM reads videos, crashes on them.)
+    """
     draw = random.Random(seed)
-    colour = [draw.randrange(128, 256) for _ in range(3)]
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=4)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for number in range(max(2, round(4 * seconds))):
-            picture = np.full((height, width, 3), 32, np.uint8)
-            left = 4 * number % (width - 24)
-            picture[16:40, left : left + 24] = colour
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return out.getvalue()
+    step = JPEG.index(JPEG_TABLE) + len(JPEG_TABLE)
+    count = max(2, round(VIDEO_RATE_HZ * seconds))
+    frames = [JPEG[:step] + bytes([draw.randrange(6, 30)]) + JPEG[step + 1 :] for _ in range(count)]
+    width, height = JPEG_SIZE
+    # AVIMAINHEADER, AVISTREAMHEADER and BITMAPINFOHEADER, as Microsoft's "AVI RIFF File Reference" lays them out.
+    main = struct.pack("<14I", 10**6 // VIDEO_RATE_HZ, 0, 0, 0, count, 0, 1, len(JPEG), width, height, 0, 0, 0, 0)
+    stream = struct.pack("<4s4sIHHIIIIIIII4H", b"vids", b"MJPG", 0, 0, 0, 0, 1, VIDEO_RATE_HZ, 0, count, len(JPEG), 0, 0, 0, 0, width, height)  # fmt: skip
+    picture = struct.pack("<IiiHH4sIiiII", 40, width, height, 1, 24, b"MJPG", 3 * width * height, 0, 0, 0, 0)
+    streams = _list(b"strl", _riff(b"strh", stream) + _riff(b"strf", picture))
+    header = _list(b"hdrl", _riff(b"avih", main) + streams)
+    chunks = [_riff(b"00dc", frame) for frame in frames]
+    starts = range(4, 4 + count * len(chunks[0]), len(chunks[0]))
+    index = b"".join(struct.pack("<4sIII", b"00dc", KEY_FRAME, start, len(JPEG)) for start in starts)
+    return _riff(b"RIFF", b"AVI " + header + _list(b"movi", b"".join(chunks)) + _riff(b"idx1", index))
+
+
+def _riff(name: bytes, data: bytes) -> bytes:
+    return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+
+
+def _list(name: bytes, data: bytes) -> bytes:
+    return _riff(b"LIST", name + data)

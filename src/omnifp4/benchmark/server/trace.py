@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from omnifp4.benchmark.server.samples import can_make_video, picture_sample, sound_sample, text_sample, video_sample
+from omnifp4.benchmark.server.samples import picture_sample, sound_sample, text_sample, video_sample
 from omnifp4.errors import OmniFP4Error
 
 BURST_SIZE: Final = 8
@@ -117,7 +117,7 @@ def plan_trace(options: TraceOptions) -> tuple[PlannedRequest, ...]:
     """All requests in order of arrival.
 
     Raises:
-        OmniFP4Error: videos are asked for and PyAV is not installed, or a file cannot be read.
+        OmniFP4Error: a file cannot be read.
     """
     kinds = _kinds(options)
     times = _arrival_times(options)
@@ -203,7 +203,5 @@ def _media_part(kind: Kind, options: TraceOptions, number: int, seed: int) -> di
         mime = {"jpg": "jpeg"}.get(suffix, suffix or "png")
         coded = base64.b64encode(data or picture_sample(seed)).decode()
         return {"type": "image_url", "image_url": {"url": f"data:image/{mime};base64,{coded}"}}
-    if data is None and not can_make_video():
-        raise OmniFP4Error("a video sample needs PyAV", hint="pip install av, or give video files, or leave video out")
     coded = base64.b64encode(data or video_sample(seed)).decode()
-    return {"type": "video_url", "video_url": {"url": f"data:video/{suffix or 'mp4'};base64,{coded}"}}
+    return {"type": "video_url", "video_url": {"url": f"data:video/{suffix or 'avi'};base64,{coded}"}}

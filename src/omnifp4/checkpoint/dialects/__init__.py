@@ -1,10 +1,11 @@
-"""The ways in which tools and engines write NVFP4 checkpoints to disk."""
+"""The ways in which tools and engines write quantized checkpoints to disk."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from omnifp4.checkpoint.dialects.base import Activations, Dialect, LinearEntries, QuantizationClaim, StoredTensor
+from omnifp4.checkpoint.dialects.base import Activations, Dialect, LinearEntries, QuantizationClaim
+from omnifp4.checkpoint.dialects.coded import CodedForm, CodedLinear, StoredTensor, find_coded
 from omnifp4.checkpoint.dialects.compressed_tensors import CompressedTensors
 from omnifp4.checkpoint.dialects.modelopt import ModelOpt
 
@@ -17,10 +18,13 @@ __all__ = [
     "DIALECTS",
     "MODELOPT",
     "Activations",
+    "CodedForm",
+    "CodedLinear",
     "CompressedTensors",
     "Dialect",
     "LinearEntries",
     "ModelOpt",
     "QuantizationClaim",
     "StoredTensor",
+    "find_coded",
 ]

@@ -1,4 +1,4 @@
-"""What a dialect is: how NVFP4 linears and the config that announces them look on disk."""
+"""What a dialect is: how quantized linears and the config that announces them look on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from omnifp4.checkpoint.branch import BranchEntries
+from omnifp4.checkpoint.dialects.coded import CodedForm, StoredTensor
 from omnifp4.checkpoint.header import TensorEntry
+from omnifp4.formats.scheme import Scheme
 
 
 class Activations(StrEnum):
@@ -17,15 +20,6 @@ class Activations(StrEnum):
     """It stays as it is."""
     FP4 = "W4A4"
     """It is rounded to NVFP4 on the way in; the checkpoint gives one input scale for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor to be written: name, safetensors dtype, shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +33,7 @@ class LinearEntries:
         tensor_scale: F32, one value.
         input_scale: F32, one value; None in W4A16.
         reciprocal: the stored tensor scale and input scale are divisors, not factors.
+        branch: a low-rank part that is computed beside it; None where there is none.
     """
 
     module: str
@@ -47,6 +42,7 @@ class LinearEntries:
     tensor_scale: TensorEntry | None
     input_scale: TensorEntry | None
     reciprocal: bool
+    branch: BranchEntries | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,11 @@ class QuantizationClaim:
 
 
 class Dialect(Protocol):
-    """A way to write NVFP4 linears to disk."""
+    """A way to write quantized linears to disk.
+
+    Attributes:
+        coded_forms: for each scheme beside NVFP4 that it can express, how.
+    """
 
     name: str
     packed_suffix: str
@@ -79,15 +79,33 @@ class Dialect(Protocol):
     tensor_scale_suffix: str
     input_scale_suffix: str
     reciprocal: bool
+    coded_forms: Mapping[Scheme, CodedForm]
 
-    def stored(self, module: str, shape: tuple[int, int], activations: Activations) -> tuple[StoredTensor, ...]:
-        """The tensors that hold a linear of shape ``(out, in)``, largest first: codes, block scale, tensor scale …"""
+    def stored(
+        self, module: str, shape: tuple[int, int], activations: Activations, scheme: Scheme = Scheme.NVFP4
+    ) -> tuple[StoredTensor, ...]:
+        """The tensors that hold a linear of shape ``(out, in)``, largest first: codes, block scale, tensor scale …
+
+        Raises:
+            RecipeError: the dialect has no form for `scheme`.
+        """
         ...
 
     def quantization_config(
-        self, activations: Activations, ignore: Sequence[str], producer: Mapping[str, str]
+        self,
+        activations: Activations,
+        ignore: Sequence[str],
+        producer: Mapping[str, str],
+        schemes: Mapping[str, Scheme] | None = None,
     ) -> dict[str, Any]:
-        """The object for config.json's top-level ``quantization_config``."""
+        """The object for config.json's top-level ``quantization_config``.
+
+        Args:
+            activations: of the NVFP4 linears.
+            ignore: from `ignore_entries`.
+            producer: name and version of the tool.
+            schemes: of every quantized linear, by module; None: all are NVFP4.
+        """
         ...
 
     def ignore_entries(self, wide: Iterable[str], quantized: Iterable[str]) -> list[str]:

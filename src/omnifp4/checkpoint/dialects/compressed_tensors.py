@@ -9,15 +9,60 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from omnifp4.checkpoint.dialects.base import Activations, StoredTensor
+from omnifp4.checkpoint.dialects.base import Activations
+from omnifp4.checkpoint.dialects.coded import CodedForm, StoredTensor
 from omnifp4.checkpoint.dialects.module_tree import WideRoot, wide_roots
 from omnifp4.formats.nvfp4 import BLOCK_SIZE
+from omnifp4.formats.scheme import Scheme
 
 REGEX_PREFIX: Final = "re:"
 DROPPED_PARTS: Final = ("thinker",)
 """First parts of names that engines drop, so that no expression may count on them."""
+
+
+MIXED_PRECISION: Final = "mixed-precision"
+
+FORMATS: Final[Mapping[Scheme, str]] = {
+    Scheme.NVFP4: "nvfp4-pack-quantized",
+    Scheme.MXFP4: "mxfp4-pack-quantized",
+    Scheme.FP8: "float-quantized",
+    Scheme.INT8: "pack-quantized",
+}
+"""What the dialect calls the layout of each scheme."""
+
+_STATIC: Final = {"symmetric": True, "dynamic": False}
+
+WEIGHTS: Final[Mapping[Scheme, Mapping[str, Any]]] = {
+    Scheme.NVFP4: {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK_SIZE, **_STATIC},
+    Scheme.MXFP4: {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "group",
+        "group_size": Scheme.MXFP4.block_size,
+        **_STATIC,
+        "scale_dtype": "torch.uint8",
+    },
+    Scheme.FP8: {"num_bits": 8, "type": "float", "strategy": "channel", **_STATIC},
+    Scheme.INT8: {"num_bits": 8, "type": "int", "strategy": "channel", **_STATIC},
+}
+"""What the dialect says of the weights of each scheme."""
+
+
+class _Kind(NamedTuple):
+    """What one config group holds."""
+
+    scheme: Scheme
+    rounds_inputs: bool = False
+
+
+def _input_activations(kind: _Kind, activations: Activations) -> dict[str, Any] | None:
+    if kind.rounds_inputs:
+        return {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+    if kind.scheme is Scheme.NVFP4 and activations is Activations.FP4:
+        return {**WEIGHTS[Scheme.NVFP4], "dynamic": "local"}
+    return None
 
 
 class CompressedTensors:
@@ -29,10 +74,21 @@ class CompressedTensors:
     tensor_scale_suffix = ".weight_global_scale"
     input_scale_suffix = ".input_global_scale"
     reciprocal = True
+    coded_forms: Mapping[Scheme, CodedForm] = {
+        Scheme.FP8: CodedForm(".weight", "F8_E4M3", ".weight_scale", "F32", scale_is_column=True),
+        Scheme.MXFP4: CodedForm(".weight_packed", "U8", ".weight_scale", "U8"),
+        Scheme.INT8: CodedForm(
+            ".weight_packed", "I32", ".weight_scale", "BF16", scale_is_column=True, shape_suffix=".weight_shape"
+        ),
+    }
 
-    def stored(self, module: str, shape: tuple[int, int], activations: Activations) -> tuple[StoredTensor, ...]:
+    def stored(
+        self, module: str, shape: tuple[int, int], activations: Activations, scheme: Scheme = Scheme.NVFP4
+    ) -> tuple[StoredTensor, ...]:
         """See `Dialect.stored`; scalars have shape ``[1]``."""
         rows, columns = shape
+        if scheme is not Scheme.NVFP4:
+            return self.coded_forms[scheme].stored(module, shape)
         tensors = [
             StoredTensor(module + self.packed_suffix, "U8", (rows, columns // 2)),
             StoredTensor(module + self.block_scale_suffix, "F8_E4M3", (rows, columns // BLOCK_SIZE)),
@@ -43,30 +99,39 @@ class CompressedTensors:
         return tuple(tensors)
 
     def quantization_config(
-        self, activations: Activations, ignore: Sequence[str], producer: Mapping[str, str]
+        self,
+        activations: Activations,
+        ignore: Sequence[str],
+        producer: Mapping[str, str],
+        schemes: Mapping[str, Scheme] | None = None,
     ) -> dict[str, Any]:
-        """See `Dialect.quantization_config`."""
-        number = {
-            "num_bits": 4,
-            "type": "float",
-            "strategy": "tensor_group",
-            "group_size": BLOCK_SIZE,
-            "symmetric": True,
-            "dynamic": False,
-        }
+        """See `Dialect.quantization_config`.
+
+        One group for each scheme; where there are several, their targets are expressions that tell them apart. FP8
+        experts are a group of their own, with inputs that are rounded token by token: engines have no other kernels
+        for them. That needs no data, and nothing of it is stored.
+        """
+        kinds: dict[_Kind, list[str]] = {}
+        for module, scheme in (schemes or {}).items():
+            kinds.setdefault(_Kind(scheme, scheme is Scheme.FP8 and ".experts." in module), []).append(module)
+        if not kinds:
+            kinds[_Kind(Scheme.NVFP4)] = []
+        groups = {}
+        for number, (kind, modules) in enumerate(kinds.items()):
+            others = [module for other, its in kinds.items() if other != kind for module in its]
+            groups[f"group_{number}"] = {
+                "targets": self.ignore_entries(modules, others) if others else ["Linear"],
+                "weights": dict(WEIGHTS[kind.scheme]),
+                "input_activations": _input_activations(kind, activations),
+                "output_activations": None,
+                "format": FORMATS[kind.scheme],
+            }
+        forms = list(dict.fromkeys(FORMATS[kind.scheme] for kind in kinds))
         return {
             "quant_method": "compressed-tensors",
-            "format": "nvfp4-pack-quantized",
+            "format": forms[0] if len(forms) == 1 else MIXED_PRECISION,
             "quantization_status": "compressed",
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": number,
-                    "input_activations": {**number, "dynamic": "local"} if activations is Activations.FP4 else None,
-                    "output_activations": None,
-                    "format": "nvfp4-pack-quantized",
-                }
-            },
+            "config_groups": groups,
             "ignore": list(ignore),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,

@@ -10,11 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from omnifp4.checkpoint.dialects.base import Activations, StoredTensor
+from omnifp4.checkpoint.dialects.base import Activations
+from omnifp4.checkpoint.dialects.coded import CodedForm, StoredTensor
 from omnifp4.checkpoint.dialects.module_tree import wide_roots
+from omnifp4.errors import RecipeError
 from omnifp4.formats.nvfp4 import BLOCK_SIZE
+from omnifp4.formats.scheme import Scheme
 
 ALGORITHMS: Final = {Activations.WIDE: "W4A16_NVFP4", Activations.FP4: "NVFP4"}
+MIXED_PRECISION: Final = "MIXED_PRECISION"
+
+CODED_ALGORITHMS: Final[Mapping[Scheme, Mapping[str, Any]]] = {
+    Scheme.FP8: {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+    Scheme.MXFP4: {"quant_algo": "MXFP4", "group_size": Scheme.MXFP4.block_size},
+}
+"""What ``quantized_layers`` says of a module. INT8 has the name W8A16, which is not written: engines take a module of
+an algorithm that they do not know for a wide one, and would load its integers as weights."""
 
 
 class ModelOpt:
@@ -26,10 +37,18 @@ class ModelOpt:
     tensor_scale_suffix = ".weight_scale_2"
     input_scale_suffix = ".input_scale"
     reciprocal = False
+    coded_forms: Mapping[Scheme, CodedForm] = {
+        Scheme.FP8: CodedForm(".weight", "F8_E4M3", ".weight_scale", "F32"),
+        Scheme.MXFP4: CodedForm(".weight", "U8", ".weight_scale", "U8"),
+    }
 
-    def stored(self, module: str, shape: tuple[int, int], activations: Activations) -> tuple[StoredTensor, ...]:
+    def stored(
+        self, module: str, shape: tuple[int, int], activations: Activations, scheme: Scheme = Scheme.NVFP4
+    ) -> tuple[StoredTensor, ...]:
         """See `Dialect.stored`; scalars have shape ``[]``."""
         rows, columns = shape
+        if scheme is not Scheme.NVFP4:
+            return self._form(scheme).stored(module, shape)
         tensors = [
             StoredTensor(module + self.packed_suffix, "U8", (rows, columns // 2)),
             StoredTensor(module + self.block_scale_suffix, "F8_E4M3", (rows, columns // BLOCK_SIZE)),
@@ -40,9 +59,15 @@ class ModelOpt:
         return tuple(tensors)
 
     def quantization_config(
-        self, activations: Activations, ignore: Sequence[str], producer: Mapping[str, str]
+        self,
+        activations: Activations,
+        ignore: Sequence[str],
+        producer: Mapping[str, str],
+        schemes: Mapping[str, Scheme] | None = None,
     ) -> dict[str, Any]:
         """See `Dialect.quantization_config`. No hf_quant_config.json goes with it: vLLM refuses W4A16_NVFP4 there."""
+        if schemes and any(scheme is not Scheme.NVFP4 for scheme in schemes.values()):
+            return self._mixed_config(activations, ignore, producer, schemes)
         number = {"num_bits": 4, "type": "float", "group_size": BLOCK_SIZE, "dynamic": False}
         return {
             "quant_method": "modelopt",
@@ -58,6 +83,35 @@ class ModelOpt:
             "ignore": list(ignore),
             "producer": dict(producer),
         }
+
+    def _mixed_config(
+        self,
+        activations: Activations,
+        ignore: Sequence[str],
+        producer: Mapping[str, str],
+        schemes: Mapping[str, Scheme],
+    ) -> dict[str, Any]:
+        """Every module by name, with its algorithm."""
+        nvfp4 = {"quant_algo": ALGORITHMS[activations], "group_size": BLOCK_SIZE}
+        return {
+            "quant_method": "modelopt",
+            "quant_algo": MIXED_PRECISION,
+            "quantized_layers": {
+                module: dict(nvfp4 if scheme is Scheme.NVFP4 else CODED_ALGORITHMS[scheme])
+                for module, scheme in schemes.items()
+            },
+            "ignore": list(ignore),
+            "producer": dict(producer),
+        }
+
+    def _form(self, scheme: Scheme) -> CodedForm:
+        if scheme not in self.coded_forms:
+            raise RecipeError(
+                f"format {self.name} has no form of {scheme} that an engine reads; it has nvfp4, "
+                f"{', '.join(self.coded_forms)}",
+                hint="choose --format compressed-tensors",
+            )
+        return self.coded_forms[scheme]
 
     def ignore_entries(self, wide: Iterable[str], quantized: Iterable[str]) -> list[str]:
         """See `Dialect.ignore_entries`; an entry that occurs inside a quantized name is written so that it does not."""

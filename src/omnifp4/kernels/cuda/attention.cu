@@ -15,8 +15,26 @@
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
 #define PAIRS (HALF / 32)         // rotary pairs of a lane
 
-// Norm and rotary embedding of one head by one warp. Lane holds elements lane + 32 i of both halves.
-DEVICE void prepare_head(const u16* from, const u16* norm_weight, float eps, const u16* cosine, const u16* sine, u16* to) {
+// What the norm and the rotary embedding of a head multiply with, of one lane: elements lane + 32 i of both halves.
+struct HeadFactors {
+    float norm[2][PAIRS], cosine[PAIRS], sine[PAIRS];
+};
+
+DEVICE HeadFactors load_factors(const u16* norm_weight, const u16* cosine, const u16* sine) {
+    const u32 lane = threadIdx.x & 31;
+    HeadFactors f;
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+#if QK_NORM
+        f.norm[0][i] = wide(norm_weight[i * 32 + lane]), f.norm[1][i] = wide(norm_weight[HALF + i * 32 + lane]);
+#endif
+        f.cosine[i] = wide(cosine[i * 32 + lane]), f.sine[i] = wide(sine[i * 32 + lane]);
+    }
+    return f;
+}
+
+// Norm and rotary embedding of one head by one warp.
+DEVICE void prepare_head(const u16* from, const HeadFactors& f, float eps, u16* to) {
     const u32 lane = threadIdx.x & 31;
     float a[PAIRS], b[PAIRS], squares = 0.f;
 #pragma unroll
@@ -28,15 +46,14 @@ DEVICE void prepare_head(const u16* from, const u16* norm_weight, float eps, con
     const float inverse = rsqrtf(warp_sum(squares) / HEAD_DIM + eps);
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
-        a[i] = rounded(rounded(a[i] * inverse) * wide(norm_weight[i * 32 + lane]));
-        b[i] = rounded(rounded(b[i] * inverse) * wide(norm_weight[HALF + i * 32 + lane]));
+        a[i] = rounded(rounded(a[i] * inverse) * f.norm[0][i]);
+        b[i] = rounded(rounded(b[i] * inverse) * f.norm[1][i]);
     }
 #endif
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
-        const float c = wide(cosine[i * 32 + lane]), s = wide(sine[i * 32 + lane]);
-        to[i * 32 + lane] = narrow(rounded(a[i] * c) - rounded(b[i] * s));
-        to[HALF + i * 32 + lane] = narrow(rounded(b[i] * c) + rounded(a[i] * s));
+        to[i * 32 + lane] = narrow(rounded(a[i] * f.cosine[i]) - rounded(b[i] * f.sine[i]));
+        to[HALF + i * 32 + lane] = narrow(rounded(b[i] * f.cosine[i]) + rounded(a[i] * f.sine[i]));
     }
 }
 
@@ -44,12 +61,15 @@ struct Tile {
     uint4 k[2][PARTS], v[4][HEAD_DIM / 64];
 };
 
-DEVICE void load_tile(Tile& tile, const u16* keys, const u16* values, i64 base, int tokens, u32 g, u32 tig) {
+DEVICE void load_keys(Tile& tile, const u16* keys, i64 base, u32 g, u32 tig) {
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int c = 0; c < PARTS; c++)
             tile.k[j][c] = load_once(keys + base + (j * 8 + g) * HEAD_DIM + c * 32 + tig * 8);
+}
+
+DEVICE void load_values(Tile& tile, const u16* values, i64 base, int tokens, u32 g, u32 tig) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         const int token = 2 * tig + (j & 1) + (j >> 1) * 8;
@@ -74,8 +94,8 @@ attention(const u16* qkv,                // [m, QKV]
           float scale) {                 // of the scores, times log2(e)
     const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, tig = lane & 3;
     const int kv = blockIdx.x, split = blockIdx.y, row = blockIdx.z;
-    __shared__ u16 queries[GROUP][HEAD_DIM], new_key[HEAD_DIM];
-    __shared__ float o[WARPS][GROUP][HEAD_DIM];
+    __shared__ u16 queries[GROUP][HEAD_DIM], new_key[HEAD_DIM], new_value[HEAD_DIM];
+    __shared__ __align__(16) float o[WARPS][GROUP][HEAD_DIM];
     __shared__ float top[WARPS + 1][GROUP], total[WARPS][GROUP];
     __shared__ bool last;
     // The places were written before the previous kernel began.
@@ -93,26 +113,33 @@ attention(const u16* qkv,                // [m, QKV]
     const int* table = pages + (i64)slot * pages_per_slot;
     int t0 = begin + warp * 16;
     Tile tile;
+    auto base_of = [&](int token) { return (((i64)table[token / PAGE] * KV_HEADS + kv) * PAGE + token % PAGE) * HEAD_DIM; };
     if (t0 < end) {
-        const i64 base = (((i64)table[t0 / PAGE] * KV_HEADS + kv) * PAGE + t0 % PAGE) * HEAD_DIM;
-        load_tile(tile, keys, values, base, end - t0, g, tig);
+        const i64 base = base_of(t0);
+        load_keys(tile, keys, base, g, tig), load_values(tile, values, base, end - t0, g, tig);
     }
     const i64 position = (int)here.z;
     const i64 new_page = has_new ? table[before / PAGE] : 0;
+    // Factors before the wait too: behind it only what the previous kernel wrote is read.
+    const u16 *c = cosine + position * HALF, *s = sine + position * HALF;
+    const HeadFactors for_query = load_factors(q_norm, c, s);
+    HeadFactors for_key = for_query;
+    if (has_new && warp == WARPS - 1) for_key = load_factors(k_norm, c, s);
     wait_for_previous();
     let_next_start();
     const u16* mine = qkv + (i64)row * QKV;
+    const i64 new_at = ((new_page * KV_HEADS + kv) * PAGE + before % PAGE) * HEAD_DIM;
+    if (has_new && warp == 0)
+        for (u32 i = lane; i < HEAD_DIM; i += 32)
+            new_value[i] = mine[(HEADS + KV_HEADS + kv) * HEAD_DIM + i], values[new_at + i] = new_value[i];
 #pragma unroll
     for (int h = 0; h < (GROUP + WARPS - 1) / WARPS; h++)
         if (h * WARPS + warp < GROUP)
-            prepare_head(mine + (kv * GROUP + h * WARPS + warp) * HEAD_DIM, q_norm, eps, cosine + position * HALF,
-                         sine + position * HALF, queries[h * WARPS + warp]);
-    const i64 new_at = ((new_page * KV_HEADS + kv) * PAGE + before % PAGE) * HEAD_DIM;
-    const u16* new_value = mine + (HEADS + KV_HEADS + kv) * HEAD_DIM;
+            prepare_head(mine + (kv * GROUP + h * WARPS + warp) * HEAD_DIM, for_query, eps, queries[h * WARPS + warp]);
     if (has_new && warp == WARPS - 1) {
-        prepare_head(mine + (HEADS + kv) * HEAD_DIM, k_norm, eps, cosine + position * HALF, sine + position * HALF, new_key);
+        prepare_head(mine + (HEADS + kv) * HEAD_DIM, for_key, eps, new_key);
         __syncwarp();
-        for (u32 i = lane; i < HEAD_DIM; i += 32) keys[new_at + i] = new_key[i], values[new_at + i] = new_value[i];
+        for (u32 i = lane; i < HEAD_DIM; i += 32) keys[new_at + i] = new_key[i];
     }
     __syncthreads();
 
@@ -137,6 +164,9 @@ attention(const u16* qkv,                // [m, QKV]
 
 #pragma unroll 1
     while (t0 < end) {
+        // A tile's registers are loaded again as soon as they are used.
+        const int next = t0 + WARPS * 16;
+        const i64 next_base = next < end ? base_of(next) : 0;
         float s[2][4];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -150,6 +180,7 @@ attention(const u16* qkv,                // [m, QKV]
 #pragma unroll
             for (int i = 0; i < 4; i++) s[j][i] = t0 + j * 8 + 2 * (int)tig + (i & 1) < end ? s[j][i] * scale : -INFINITY;
         }
+        if (next < end) load_keys(tile, keys, next_base, g, tig);
         // Column pairs (0, 1) belong to head g, (2, 3) to head g + 8.
         u32 p[2][2];
 #pragma unroll
@@ -180,11 +211,8 @@ attention(const u16* qkv,                // [m, QKV]
                     __byte_perm(v2[j / 2], v3[j / 2], pick));
             }
         }
-        t0 += WARPS * 16;
-        if (t0 < end) {
-            const i64 base = (((i64)table[t0 / PAGE] * KV_HEADS + kv) * PAGE + t0 % PAGE) * HEAD_DIM;
-            load_tile(tile, keys, values, base, end - t0, g, tig);
-        }
+        t0 = next;
+        if (t0 < end) load_values(tile, values, next_base, end - t0, g, tig);
     }
 
     // Lane holds head g (and g + 8): dimension c * 64 + column * 8 + j of tile c * 8 + j, columns 2 tig and 2 tig + 1.
@@ -211,24 +239,33 @@ attention(const u16* qkv,                // [m, QKV]
     }
     __syncthreads();
     const i64 place = ((i64)row * KV_HEADS + kv) * SPLITS;
-    for (u32 i = threadIdx.x; i < GROUP * HEAD_DIM; i += WARPS * 32) {
+#pragma unroll
+    for (u32 base = 0; base < GROUP * HEAD_DIM; base += WARPS * 128) {
+        const u32 i = base + threadIdx.x * 4;
+        if (i >= GROUP * HEAD_DIM) continue;
         const u32 head = i / HEAD_DIM, d = i % HEAD_DIM;
-        float m = top[WARPS][head], t = 0.f, x = 0.f;
+        float m = top[WARPS][head], t = 0.f, x[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int w = 0; w < WARPS; w++) m = fmaxf(m, top[w][head]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
             const float f = exp2f(top[w][head] - m);
-            t += f * total[w][head], x += f * o[w][head][d];
+            const float4 part = *(const float4*)&o[w][head][d];
+            t += f * total[w][head];
+            x[0] += f * part.x, x[1] += f * part.y, x[2] += f * part.z, x[3] += f * part.w;
         }
         if (has_new) {
             const float f = exp2f(top[WARPS][head] - m);
-            t += f, x += f * wide(new_value[d]);
+            t += f;
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[j] += f * wide(new_value[d + j]);
         }
         if (splits == 1) {
-            out[(i64)row * (HEADS * HEAD_DIM) + (kv * GROUP + head) * HEAD_DIM + d / 8 * 8 + PLACE(d % 8)] = narrow(x / t);
+            u16* to = out + (i64)row * (HEADS * HEAD_DIM) + GROUP_PLACE(((kv * GROUP + head) * HEAD_DIM + d) / 8) * 8;
+#pragma unroll
+            for (int j = 0; j < 4; j++) to[PLACE(d % 8 + j)] = narrow(x[j] / t);
         } else {
-            __stcg(parts + (place + split) * (GROUP * HEAD_DIM) + i, x);
+            __stcg((float4*)(parts + (place + split) * (GROUP * HEAD_DIM) + i), make_float4(x[0], x[1], x[2], x[3]));
             if (d == 0) {
                 __stcg(tops + ((place + split) * GROUP + head) * 2, m);
                 __stcg(tops + ((place + split) * GROUP + head) * 2 + 1, t);
@@ -276,7 +313,7 @@ attention(const u16* qkv,                // [m, QKV]
             const float f = factors[head][w];
             x[0] += f * part.x, x[1] += f * part.y, x[2] += f * part.z, x[3] += f * part.w;
         }
-        u16* to = out + (i64)row * (HEADS * HEAD_DIM) + (kv * GROUP + head) * HEAD_DIM + d / 8 * 8;
+        u16* to = out + (i64)row * (HEADS * HEAD_DIM) + GROUP_PLACE(((kv * GROUP + head) * HEAD_DIM + d) / 8) * 8;
 #pragma unroll
         for (int j = 0; j < 4; j++) to[PLACE(d % 8 + j)] = narrow(x[j]);
     }
@@ -296,16 +333,17 @@ place_heads(u16* qkv,                    // [tokens, QKV]
     let_next_start();
     u16* mine = qkv + token * QKV;
     const u16 *c = cosine + token * HALF, *s = sine + token * HALF;
+    const HeadFactors for_query = load_factors(q_norm, c, s), for_key = load_factors(k_norm, c, s);
     for (int h = warp; h < HEADS + 2 * KV_HEADS; h += WARPS) {
         u16* head = mine + h * HEAD_DIM;
         if (h < HEADS) {
-            prepare_head(head, q_norm, eps, c, s, head);
+            prepare_head(head, for_query, eps, head);
             continue;
         }
         const int kv = (h - HEADS) % KV_HEADS;
         const i64 at = (((i64)table[place / PAGE] * KV_HEADS + kv) * PAGE + place % PAGE) * HEAD_DIM;
         if (h < HEADS + KV_HEADS) {
-            prepare_head(head, k_norm, eps, c, s, head);
+            prepare_head(head, for_key, eps, head);
             __syncwarp();
             for (u32 i = lane; i < HEAD_DIM; i += 32) keys[at + i] = head[i];
         } else {

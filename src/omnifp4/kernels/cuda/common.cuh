@@ -59,6 +59,9 @@ DEVICE u32 multiply(u32 a, u32 b) {
 // Where element i (0 to 7) of a group of eight stands in FP4 order: pairs (0,4) (1,5) (2,6) (3,7), as the codes of one
 // 32-bit word come apart.
 DEVICE u32 fp4_place(u32 i) { return i < 4 ? 2 * i : 2 * i - 7; }
+// Where group n of eight stands in FP4 order: of the 16 groups of a chunk, those that four lanes read at once lie
+// together, so that a token's part of a load is 64 bytes and the banks serve it in one go.
+DEVICE u32 fp4_group(u32 n) { return (n & ~15u) | (n & 3) << 2 | (n >> 2 & 3); }
 
 // ---------------------------------------------------------------- memory
 
@@ -179,9 +182,8 @@ template <int tiles>
 DEVICE void dot(float (&acc)[tiles][4], const Row& r0, const Row& r1, const u32 (&x)[tiles][16]) {
     dot_fp4<tiles>(acc, r0, r1, x);
 }
-// A lane's activations of a chunk lie together, in FP4 order.
-DEVICE u32 x_offset(u32 chunk, u32 q, u32 tig) { return chunk * 128 + tig * 32 + q * 8; }
 #define PLACE(i) fp4_place(i)
+#define GROUP_PLACE(n) fp4_group(n)
 #else
 typedef RowBF16 Row;
 #define ROW_BYTES(k) ((k) * 2)
@@ -193,15 +195,11 @@ template <int tiles>
 DEVICE void dot(float (&acc)[tiles][4], const Row& r0, const Row& r1, const u32 (&x)[tiles][16]) {
     dot_bf16<tiles>(acc, r0, r1, x);
 }
-DEVICE u32 x_offset(u32 chunk, u32 q, u32 tig) { return chunk * 128 + q * 32 + tig * 8; }
 #define PLACE(i) (i)
+#define GROUP_PLACE(n) (n)
 #endif
-
-// Keeps the compiler from unpacking weights ahead of a loop over tokens: unpacked they would not fit the registers.
-DEVICE void keep_packed(RowFP4& r) {
-    asm volatile("" : "+r"(r.codes.x), "+r"(r.codes.y), "+r"(r.codes.z), "+r"(r.codes.w), "+r"(r.scales));
-}
-DEVICE void keep_packed(RowBF16&) {}
+// Where a lane's group q of a chunk's activations stands.
+DEVICE u32 x_offset(u32 chunk, u32 q, u32 tig) { return chunk * 128 + q * 32 + tig * 8; }
 
 // A lane's activations of one chunk from memory of 16-byte groups; a column without a token reads zeros.
 DEVICE void load_x(u32 (&x)[16], const u16* row, bool there, u32 chunk, u32 tig) {

@@ -99,7 +99,7 @@ def _bytes(size: Any, read: Any, handle: Any) -> bytes:
     buffer = b" " * nbytes
     (status,) = read(handle, buffer)
     _check(status, "read")
-    return buffer
+    return bytes(buffer)
 
 
 def _check(status: Any, what: str) -> None:

@@ -1,12 +1,12 @@
 // Routed experts of a decode step. The router has listed the experts that have tokens, in entries of at most eight
-// tokens; their rows, one entry after the other, are shared out evenly among as many warps as the GPU holds at once, so
-// every weight is read once from memory (an expert with more than eight tokens is read again from the L2 cache) and
-// nothing is sorted. With one token (SINGLE) there is no list: each block finds the experts from the logits.
+// tokens; their rows, one entry after the other, are shared out evenly among as many teams of warps as the GPU holds at
+// once, so every weight is read once from memory (an expert with more than eight tokens is read again from the L2 cache)
+// and nothing is sorted. With one token (SINGLE) there is no list: each block finds the experts from the logits.
 //
 // Constants: FP4, HIDDEN, INNER, TOPK, EXPERTS, SINGLE, ROUTER_PARTS, NORMALISE_TOPK.
 // gate_up_one: UNITS (8 features each), WARPS, CHUNKS, BLOCKS_PER_SM.
 // down_one: S_SPLIT warps a slot, S_CHUNKS; INNER = S_SPLIT * S_CHUNKS * 128.
-// gate_up, down (the latter's with D_): WARPS, BLOCKS_PER_SM, and of `stream`: RING, GROUP, X_AHEAD.
+// gate_up (with U_) and down (with D_): BLOCKS_PER_SM, and of `stream`: SLICES, CHUNKS, TEAMS, STAGES, RUN.
 
 // An expert and at most eight of its tokens, as the router writes it: 16 bytes.
 struct Active {
@@ -89,7 +89,7 @@ gate_up_one(const u8* __restrict__ weights,     // [experts, 2 INNER, HIDDEN]
         for (int w = 0; w < WARPS; w++) gate += sums[w][i / 8 * 16 + i % 8], up += sums[w][i / 8 * 16 + i % 8 + 8];
         gate = rounded(gate * factor), up = rounded(up * factor);
         const float silu = rounded(gate / (1.f + __expf(-gate)));
-        out[(i64)blockIdx.y * INNER + (first + i) / 8 * 8 + PLACE(i % 8)] = narrow(silu * up);
+        out[(i64)blockIdx.y * INNER + GROUP_PLACE((first + i) / 8) * 8 + PLACE(i % 8)] = narrow(silu * up);
     }
 }
 
@@ -152,59 +152,50 @@ down_one(const u8* __restrict__ weights, const u8* __restrict__ scales, const fl
     }
 }
 #else
-// Several tokens: warps stream on their own, without a barrier or shared memory. The work is a list of items: 16 rows
-// of an entry of the router's list (an expert and at most eight of its tokens). A warp takes an equal share of the list
-// and computes its rows over all columns. Its weights go through a ring of registers: a chunk's place is loaded again
-// as soon as the chunk is consumed, the next item's in the last round of an item, so that loads never cease.
-// Activations come from the L1 cache, which holds the few rows of all warps, a chunk ahead.
+// Several tokens: teams of warps stream. The work is a list of tiles: 32 rows of an entry of the router's list (an
+// expert and at most eight of its tokens). The teams take turns, `run` tiles each time: so they all read from the same
+// stretch of memory, which is what DRAM is fast at. Each warp of a team takes a slice of the columns and keeps the
+// entry's activations of that slice in registers. Weights come by
+// asynchronous copies, 16 rows a stage, several stages ahead, into shared memory of the warp that will read them, and
+// scales, a tile at a time, into memory of the team: no registers are held for what is under way. Every request takes
+// whole lines of 128 bytes where a row has them: half lines cost the L2 cache as much. After a tile the team adds up its
+// warps' sums: one barrier, since two sets of sums take turns.
 
-#define ALL_WARPS (gridDim.x * (blockDim.x / WARP))
+#define STAGE_ROWS 16
+#define TILE_ROWS 32
+#define TOKEN_SUMS 20                    // floats from a token's sums to the next one's: no bank twice in a store
+#define HALF_SUMS (8 * TOKEN_SUMS + 16)  // of 16 rows; the halves of a tile fall into different banks
+#define MOST_TOKENS 32
+#define MOST_SLOTS (MOST_TOKENS * TOPK)
+#define MOST_ENTRIES ((EXPERTS < MOST_SLOTS ? EXPERTS : MOST_SLOTS) + MOST_SLOTS / 8)
 
-// 16 bytes, or what was there: predicated by hand, so that the loads stay between the arithmetic, in one basic block.
-DEVICE void load_once_if(uint4& v, const void* at, bool wanted) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];}"
-                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-                 : "l"(at), "r"((u32)wanted));
+DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+DEVICE void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int ahead>
+DEVICE void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(ahead) : "memory");
+}
+DEVICE uint4 load_shared16(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+DEVICE u32 load_shared4(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+template <int threads>
+DEVICE void team_barrier(u32 team) {
+    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(threads) : "memory");
 }
 
+#define COLUMN_BYTES(columns) (FP4 ? (columns) / 2 : (columns) * 2)
+#define PIECES(chunks) (COLUMN_BYTES((chunks) * 128) / 64)  // of 16 bytes, of a lane and row
 #if FP4
-// A pair of lanes takes whole sectors of codes and the scales over them in one word a chunk, so that one load brings
-// the scales of GROUP chunks: of GROUP * 128 columns, lanes 0 and 1 take the first half.
-struct Chunk {
-    uint4 row[2];
-};
-DEVICE u32 lane_columns(u32 tig, int group) { return (tig >> 1) * (group * 64) + (tig & 1) * 32; }
-DEVICE int chunk_columns(int chunk, int group) { return chunk / group * (group * 128) + chunk % group * 64; }
-
-// The scales of GROUP chunks of two rows, as loaded.
-template <int group>
-struct Scales {
-    u32 row[2][group];
-};
-template <int group>
-DEVICE void load_scales(u32 (&to)[group], const u8* at, bool wanted) {
-    if constexpr (group == 4)
-        asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
-                     : "+r"(to[0]), "+r"(to[1]), "+r"(to[2]), "+r"(to[3])
-                     : "l"(at), "r"((u32)wanted));
-    else if constexpr (group == 2)
-        asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.v2.u32 {%0,%1}, [%2];}"
-                     : "+r"(to[0]), "+r"(to[1])
-                     : "l"(at), "r"((u32)wanted));
-    else
-        asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}"
-                     : "+r"(to[0])
-                     : "l"(at), "r"((u32)wanted));
-}
-
-// Two of the four bytes to the low bytes of the halves. Volatile: done before the next scales come, or these would be
-// copied, and the copy would wait for the load.
-DEVICE u32 pick_scales(u32 bytes, u32 how) {
-    u32 picked;
-    asm volatile("prmt.b32 %0, %1, 0, %2;" : "=r"(picked) : "r"(bytes), "r"(how));
-    return picked;
-}
-
 // Two E4M3 scales (not negative), in the low bytes of the halves, to BF16 times 2^118. As BF16 bits, the byte at bit 4
 // is the scale times 2^-120, subnormals included.
 DEVICE u32 both_scales(u32 bytes) { return multiply(multiply(bytes * 16u, 0x7b007b00u), 0x7b007b00u); }
@@ -220,10 +211,10 @@ DEVICE void unpack_word(u32 (&pair)[4], u32 word, u32 scale) {
     pair[3] = multiply((word & 0x80008000u) | (down & 0x01c001c0u), scale);
 }
 
-DEVICE void dot_chunk(float (&acc)[4], const Chunk& w, u32 scales0, u32 scales1, const u32 (&x)[16]) {
+// Adds 16 rows times eight tokens over a lane's 32 columns of a chunk.
+DEVICE void dot_chunk(float (&acc)[4], const uint4& row0, const uint4& row1, u32 scales0, u32 scales1, const u32 (&x)[16]) {
     const u32 s0 = both_scales(scales0), s1 = both_scales(scales1);
-    const u32 w0[4] = {w.row[0].x, w.row[0].y, w.row[0].z, w.row[0].w};
-    const u32 w1[4] = {w.row[1].x, w.row[1].y, w.row[1].z, w.row[1].w};
+    const u32 w0[4] = {row0.x, row0.y, row0.z, row0.w}, w1[4] = {row1.x, row1.y, row1.z, row1.w};
 #pragma unroll
     for (int q = 0; q < 4; q++) {
         u32 a[4], b[4];
@@ -233,227 +224,250 @@ DEVICE void dot_chunk(float (&acc)[4], const Chunk& w, u32 scales0, u32 scales1,
         mma(acc, a[2], b[2], a[3], b[3], x[4 * q + 2], x[4 * q + 3]);
     }
 }
-#define X_GROUP 8  // from one group of eight activations of a lane to the next
-#else
-struct Chunk {
-    RowBF16 row[2];
-};
-DEVICE u32 lane_columns(u32 tig, int) { return tig * 8; }
-DEVICE int chunk_columns(int chunk, int) { return chunk * 128; }
-#define X_GROUP 32
 #endif
 
-// Streams this warp's items of 16 rows over K columns.
+// Shared memory: of a warp and stage; sums of a team, in floats; from a row's scales to the next row's, an odd number of
+// 16 bytes where rows are whole pieces, so that eight rows fall into different banks; scales of a team.
+#define STAGE_BYTES(chunks) (2 * PIECES(chunks) * 512)
+#define TEAM_SUMS(slices) (2 * (slices) * 2 * HALF_SUMS)
+#define SCALE_STRIDE(k) (SCALE_BYTES(k) + (SCALE_BYTES(k) % 32 == 0 && FP4 ? 16 : 0))
+#define SCALE_SETS(stages) ((stages) / 2 + 1)
+#define TEAM_SCALES(k, stages) (SCALE_SETS(stages) * TILE_ROWS * SCALE_STRIDE(k))
+
+// The router's list in shared memory.
+struct Routes {
+    Active entries[MOST_ENTRIES];
+    int slots[MOST_SLOTS];
+    int count;
+};
+
+// Every block reads the list whole: one wait for memory instead of one for each thing that depends on another.
+DEVICE void load_routes(Routes& to, const int* counts, const Active* active, int most_entries, const int* slots, int most_slots) {
+    for (int i = threadIdx.x; i < most_entries; i += blockDim.x) to.entries[i] = load_active(active, i);
+    for (int i = threadIdx.x; i < most_slots; i += blockDim.x) to.slots[i] = __ldcg(slots + i);
+    if (threadIdx.x == 0) to.count = __ldcg(counts);
+    __syncthreads();
+}
+
+// Streams this team's tiles.
 //
-// K: columns. ring: chunks under way, a divisor of K / 128. group: chunks whose scales come together, a divisor of ring.
-// units: items of an entry. second: rows from row g to row g + 8 of the matrix instruction.
-// x_ahead: load activations a chunk ahead if `ring` is even. early: the weights may be read before the kernel ahead of this one is complete.
-// first_row(expert, unit): of the weights. x_row(entry): this lane's row of activations. open(entry): a new entry's
-// results come next. finish(acc, expert, unit): a lane's sums, as the matrix instruction leaves them.
-template <int K, int ring, int group, int units, int second, bool x_ahead, bool early, typename FirstRow, typename XRow,
-          typename Open, typename Finish>
-DEVICE void stream(const u8* weights, const u8* scales, const int* counts, const Active* active, const u16* x,
-                   FirstRow first_row, XRow x_row, Open open, Finish finish) {
-    const u32 lane = threadIdx.x & 31, g = lane >> 2, tig = lane & 3;
-    constexpr int rounds = K / 128 / ring;
-    constexpr bool ahead = x_ahead && ring % 2 == 0;  // activations in two sets of registers
-    if (!early) wait_for_previous(), let_next_start();
-    const u32 items = __ldcg(counts) * units, warp = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    const u32 begin = (u64)warp * items / ALL_WARPS;
-    u32 left = (u32)((u64)(warp + 1) * items / ALL_WARPS) - begin;
-    if (left == 0) {
+// K = slices * chunks * 128 columns; chunks is 1 or 2. teams of `slices` warps in a block. stages under way or in use.
+// units: stages of an entry, a multiple of 2 run. run: tiles that a team takes at a time. step: rows from a unit to the next. second: rows from row g to row g + 8 of
+// the matrix instruction; 8, or a tile has 16 rows in two places. early: the weights may be read before the kernel ahead
+// of this one is complete.
+// first_row(expert): of the weights. x_row(entry, column): where the activations of a column begin.
+// target(entry, token): where the token's results go. finish(target, unit, row, sum): a warp has a token's 32 rows.
+template <int K, int slices, int chunks, int teams, int stages, int run, int units, int step, int second, bool early,
+          typename FirstRow, typename XRow, typename Target, typename Finish>
+DEVICE void stream(const u8* weights, const u8* scales, const float* factors, const Routes& routes, const u16* x,
+                   FirstRow first_row, XRow x_row, Target target, Finish finish) {
+    extern __shared__ uint4 shared[];
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x & 31, g = lane >> 2, tig = lane & 3;
+    const u32 team = warp / slices, slice = warp % slices, thread = slice * WARP + lane;
+    constexpr u32 entry_runs = units / 2 / run;
+    const u32 runs = routes.count * entry_runs, all_teams = gridDim.x * teams, number = blockIdx.x * teams + team;
+    if (number >= runs) {
         if (early) wait_for_previous(), let_next_start();
         return;
     }
-    u32 place = begin / units, unit = begin - place * units;
-    Active entry = load_active(active, place);
-    int expert = entry.expert;
+    constexpr u32 ring_bytes = stages * STAGE_BYTES(chunks);
+    const u32 stage_memory = shared_address(shared), scale_memory = stage_memory + teams * slices * ring_bytes;
+    const u32 ring = stage_memory + warp * ring_bytes, scale_ring = scale_memory + team * TEAM_SCALES(K, stages);
+    float* const sums = (float*)((u8*)shared + teams * slices * ring_bytes + teams * TEAM_SCALES(K, stages)) + team * TEAM_SUMS(slices);
 
-    Chunk held[ring] = {};
-    bool more = true;
-    const u8 *from, *scales_from;
-    weights += (FP4 ? lane_columns(tig, group) / 2 : lane_columns(tig, group) * 2) + (u64)g * ROW_BYTES(K);
+    // What is copied next: stage `unit` of run `next`. A row's slice takes the 16 bytes of so many lanes.
+    constexpr u32 row_lanes = PIECES(chunks) * 4, row_count = WARP / row_lanes;
+    u32 next = number, unit = 0;
+    const u32 piece = lane % row_lanes;
+    weights += (i64)(lane / row_lanes) * ROW_BYTES(K) + slice * (row_lanes * 16) + piece * 16;
+    u32 to = ring + piece / 4 * 512 + lane / row_lanes * 64 + piece % 4 * 16;
+    const u32 to_end = to + ring_bytes;
+    const u8* from;
 #if FP4
-    Scales<group> coming[ring / group] = {};
-    const u32 pick = tig & 1 ? 0x4342u : 0x4140u;
-    scales += (tig >> 1) * (group * 4) + g * SCALE_BYTES(K);
+    // Of a tile's scales a thread takes 16 bytes. The two places of 16 rows each are whole in memory.
+    constexpr u32 half_scales = STAGE_ROWS * SCALE_BYTES(K);
+    const u32 own = thread * 16;
+    const bool has_scales = own < 2 * half_scales;
+    scales += own < half_scales ? (i64)own : (i64)(second == 8 ? 16 : second) * SCALE_BYTES(K) + own - half_scales;
+    u32 scale_to = scale_ring + own + (SCALE_STRIDE(K) == SCALE_BYTES(K) ? 0 : own / SCALE_BYTES(K) * 16);
+    const u32 scale_end = scale_to + TEAM_SCALES(K, stages);
+    const u8* scales_from;
 #endif
     auto locate = [&] {
-        const i64 row = first_row(expert, unit);
+        const i64 row = first_row(routes.entries[next / entry_runs].expert) + (i64)(next % entry_runs * (2 * run)) * step;
         from = weights + row * ROW_BYTES(K);
-        if (FP4) scales_from = scales + row * SCALE_BYTES(K);
-    };
-    auto fetch = [&](int c) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
 #if FP4
-            load_once_if(held[c].row[r], from + r * (second * ROW_BYTES(K)) + chunk_columns(c, group) / 2, more);
-#else
-#pragma unroll
-            for (int q = 0; q < 4; q++)
-                load_once_if(held[c].row[r].group[q],
-                             from + r * (second * ROW_BYTES(K)) + (chunk_columns(c, group) + q * X_GROUP) * 2, more);
+        scales_from = scales + row * SCALE_BYTES(K);
 #endif
-        }
     };
-#if FP4
-    auto fetch_scales = [&](int s) {
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            load_scales(coming[s].row[r], scales_from + r * (second * SCALE_BYTES(K)) + s * (group * 8), more);
-    };
-#endif
     locate();
+    // One stage; `first` of a tile brings its scales too.
+    auto copy_next = [&](bool first) {
+        if (next < runs) {
+#pragma unroll
+            for (u32 i = 0; i < STAGE_ROWS / row_count; i++) {
+                const u32 row = i * row_count, r = row / 8;
+                copy16(to + r * (PIECES(chunks) * 512) + row % 8 * 64, from + (row % 8 + (i64)r * second) * ROW_BYTES(K));
+            }
+            to = to + STAGE_BYTES(chunks) == to_end ? to_end - ring_bytes : to + STAGE_BYTES(chunks);
+            from += step * ROW_BYTES(K);
 #if FP4
-#pragma unroll
-    for (int s = 0; s < ring / group; s++) fetch_scales(s);
+            if (first) {
+                if (has_scales) copy16(scale_to, scales_from);
+                scale_to = scale_to + TILE_ROWS * SCALE_STRIDE(K) == scale_end ? scale_end - TEAM_SCALES(K, stages)
+                                                                              : scale_to + TILE_ROWS * SCALE_STRIDE(K);
+                scales_from += 2 * step * SCALE_BYTES(K);
+            }
 #endif
+            if (++unit == 2 * run) {
+                unit = 0, next += all_teams;
+                if (next < runs) locate();
+            }
+        }
+        end_of_copies();
+    };
 #pragma unroll
-    for (int c = 0; c < ring; c++) fetch(c);
+    for (int s = 0; s < stages - 1; s++) copy_next(s % 2 == 0);
     if (early) wait_for_previous(), let_next_start();
 
     // Columns without a token are left as they are: their sums go nowhere.
-    u32 xs[ahead ? 2 : 1][16] = {};
-    const u16* x_from = x + x_row(entry) + lane_columns(tig, group);
-    bool there = (int)g < entry.count;
-    auto fetch_x = [&](u32(&to)[16], int c) {
-        if (there) {
+    u32 xs[chunks][16] = {};
+    // A warp finishes a token; in a large team another one each time, since most entries have few tokens.
+    constexpr bool turns = slices > 4;
+    constexpr u32 passes = (8 + slices - 1) / slices;
+    Active entry = routes.entries[number / entry_runs];
+    float factor = 1.f;
+    auto open_entry = [&] {
+        if (FP4) factor = factors[entry.expert];
+        if ((int)g >= entry.count) return;
+        const u16* at = x + x_row(entry, g);
 #pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const uint4 v = load(x_from + chunk_columns(c, group) + q * X_GROUP);
-                to[4 * q] = v.x, to[4 * q + 1] = v.y, to[4 * q + 2] = v.z, to[4 * q + 3] = v.w;
-            }
-        }
+        for (int c = 0; c < chunks; c++) load_x(xs[c], at, true, slice * chunks + c, tig);
     };
-    if (ahead) fetch_x(xs[0], 0);
-    open(entry);
-
+    open_entry();
+    const u32 read_end = ring + ring_bytes + lane * 16;
+    u32 read = ring + lane * 16, set = 0, first_token = slice, now = number, tile = 0;
+#if FP4
+    u32 scale_set = 0;
+    const u32 scales_at = scale_ring + g * SCALE_STRIDE(K) + slice * (chunks * 8) + (tig >> 1) * 4;
+    const u32 pick = tig & 1 ? 0x4342 : 0x4140;
+#endif
+    wait_for_copies<stages - 2>();
+    team_barrier<slices * WARP>(team);
 #pragma unroll 1
     for (;;) {
-        float acc[4] = {0.f, 0.f, 0.f, 0.f};
-        const u32 now = unit;
-        bool changed = false;
-#pragma unroll 1
-        for (int round = 0; round < rounds; round++) {
-            const bool last = round == rounds - 1;
-            if (!last) {
-                from += chunk_columns(ring, group) / 2 * (FP4 ? 1 : 4);
-                if (FP4) scales_from += ring * 8;
-            } else {
-                more = --left > 0;
-                if (more) {
-                    changed = ++unit == units;
-                    if (changed) unit = 0, entry = load_active(active, ++place), expert = entry.expert;
-                    locate();
-                }
+        float* const mine = sums + set + slice * (2 * HALF_SUMS) + 2 * tig * TOKEN_SUMS + g;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (half) {  // the first half was waited for ahead of the barrier
+                wait_for_copies<stages - 2>();
+                __syncwarp();
             }
+            uint4 pieces[2][PIECES(chunks)];
 #pragma unroll
-            for (int c = 0; c < ring; c++) {
+            for (int r = 0; r < 2; r++)
+#pragma unroll
+                for (int p = 0; p < PIECES(chunks); p++) pieces[r][p] = load_shared16(read + (r * PIECES(chunks) + p) * 512);
 #if FP4
-                u32 bytes[group][2];
-                if (c % group == 0) {
+            u32 bytes[2][chunks];
 #pragma unroll
-                    for (int j = 0; j < group; j++) {
-                        bytes[j][0] = pick_scales(coming[c / group].row[0][j], pick);
-                        bytes[j][1] = pick_scales(coming[c / group].row[1][j], pick);
-                    }
-                    fetch_scales(c / group);
-                }
+            for (int r = 0; r < 2; r++)
+#pragma unroll
+                for (int c = 0; c < chunks; c++)
+                    bytes[r][c] = __byte_perm(load_shared4(scales_at + scale_set + (half * step + r * (24 - step)) * SCALE_STRIDE(K) + c * 8), 0, pick);
 #endif
-                if (!ahead) fetch_x(xs[0], c);
-                if (c == ring - 1) {
-                    if (!last)
-                        x_from += chunk_columns(ring, group);
-                    else if (!changed)
-                        x_from -= (rounds - 1) * chunk_columns(ring, group);
-                    else
-                        x_from = x + x_row(entry) + lane_columns(tig, group), there = (int)g < entry.count;
-                    if (ahead) fetch_x(xs[0], 0);
-                } else if (ahead) {
-                    fetch_x(xs[(c + 1) % 2], c + 1);
-                }
+            read = read + STAGE_BYTES(chunks) == read_end ? read_end - ring_bytes : read + STAGE_BYTES(chunks);
+            copy_next(stages % 2 == 0 ? half == 1 : half == 0);  // into the stage that was read in the last round
+            float acc[chunks][4] = {};
 #if FP4
-                dot_chunk(acc, held[c], bytes[c % group][0], bytes[c % group][1], xs[ahead ? c % 2 : 0]);
+#pragma unroll
+            for (int c = 0; c < chunks; c++) dot_chunk(acc[c], pieces[0][c], pieces[1][c], bytes[0][c], bytes[1][c], xs[c]);
 #else
-                float sums[1][4] = {{acc[0], acc[1], acc[2], acc[3]}};
-                u32 one[1][16];
 #pragma unroll
-                for (int i = 0; i < 16; i++) one[0][i] = xs[ahead ? c % 2 : 0][i];
-                dot_bf16<1>(sums, held[c].row[0], held[c].row[1], one);
+            for (int c = 0; c < chunks; c++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) acc[i] = sums[0][i];
+                for (int q = 0; q < 4; q++) {
+                    const uint4 &a = pieces[0][c * 4 + q], &b = pieces[1][c * 4 + q];
+                    mma(acc[c], a.x, b.x, a.y, b.y, xs[c][4 * q], xs[c][4 * q + 1]);
+                    mma(acc[c], a.z, b.z, a.w, b.w, xs[c][4 * q + 2], xs[c][4 * q + 3]);
+                }
 #endif
-                fetch(c);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float sum = acc[0][i];
+#pragma unroll
+                for (int c = 1; c < chunks; c++) sum += acc[c][i];
+                mine[half * HALF_SUMS + (i & 1) * TOKEN_SUMS + (i >> 1) * 8] = sum;
             }
         }
-        finish(acc, now);
-        if (!more) return;
-        if (changed) open(entry);
+        // The next entry's activations are asked for before this one's sums are added up.
+        const Active done = entry;
+        const float done_factor = factor;
+        const u32 done_unit = now % entry_runs * (2 * run) + 2 * tile;
+        if (++tile == run) {
+            tile = 0, now += all_teams;
+            if (now < runs) {
+                entry = routes.entries[now / entry_runs];
+                if (entry.first != done.first) open_entry();
+            }
+        }
+        wait_for_copies<stages - 2>();  // the next tile's scales, which others read
+        team_barrier<slices * WARP>(team);
+#pragma unroll
+        for (u32 p = 0; p < passes; p++) {
+            const u32 token = first_token + p * slices;
+            if (token >= (u32)done.count) break;
+            const float* all = sums + set + (lane >> 4) * HALF_SUMS + token * TOKEN_SUMS + (lane & 15);
+            float sum = 0.f;
+#pragma unroll
+            for (int w = 0; w < slices; w++) sum += all[w * (2 * HALF_SUMS)];
+            finish(target(done, token), done_unit + (lane >> 4), lane & 15, sum * done_factor);
+        }
+        if (now >= runs) return;
+        set = TEAM_SUMS(slices) / 2 - set;
+#if FP4
+        scale_set = scale_set == (SCALE_SETS(stages) - 1) * TILE_ROWS * SCALE_STRIDE(K) ? 0 : scale_set + TILE_ROWS * SCALE_STRIDE(K);
+#endif
+        if (turns) first_token = first_token == slices - 1 ? 0 : first_token + 1;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(U_SLICES * U_TEAMS * WARP, U_BLOCKS_PER_SM)
 gate_up(const u8* __restrict__ weights,     // [experts, 2 INNER, HIDDEN]
         const u8* __restrict__ scales,
         const float* __restrict__ factors,  // one per expert
-        const int* counts, const Active* active,
-        const int* slots,                   // in order of expert: token * TOPK + position
+        const int* counts, const Active* active, int most_entries,
+        const int* slots, int most_slots,   // in order of expert: token * TOPK + position
         const u16* x,                       // [tokens, HIDDEN], in the order that the weights ask for
         u16* out) {                         // [slots, INNER] by place in `slots`, in the order that `down` asks for
-    const u32 lane = threadIdx.x & 31, g = lane >> 2, tig = lane & 3;
-    float factor = 1.f;
-    u16* to = out;
-    int count = 0;
-    stream<HIDDEN, RING, GROUP, INNER / 8, INNER, X_AHEAD, false>(
-        weights, scales, counts, active, x,
-        [](int expert, u32 unit) { return (i64)(expert * (2 * INNER) + (int)unit * 8); },
-        [&](const Active& entry) {
-            return (u64)(u32)(__ldcg(slots + entry.first + min((int)g, entry.count - 1)) / TOPK) * HIDDEN;
-        },
-        [&](const Active& entry) {
-            if (FP4) factor = factors[entry.expert];
-            to = out + (u64)(u32)(entry.first + 2 * tig) * INNER + PLACE(g);
-            count = entry.count - 2 * (int)tig;
-        },
-        [&](const float(&acc)[4], u32 unit) {
-#pragma unroll
-            for (int t = 0; t < 2; t++) {
-                const float gate = rounded(acc[t] * factor), up = rounded(acc[t + 2] * factor);
-                const float silu = rounded(gate / (1.f + __expf(-gate)));
-                if (t < count) to[t * INNER + unit * 8] = narrow(silu * up);
-            }
+    __shared__ Routes routes;
+    wait_for_previous();
+    let_next_start();
+    load_routes(routes, counts, active, most_entries, slots, most_slots);
+    stream<HIDDEN, U_SLICES, U_CHUNKS, U_TEAMS, U_STAGES, U_RUN, INNER / 8, 8, INNER, false>(
+        weights, scales, factors, routes, x, [](int expert) { return (i64)expert * (2 * INNER); },
+        [&](const Active& entry, u32 column) { return (u32)routes.slots[entry.first + column] / TOPK * HIDDEN; },
+        [](const Active& entry, u32 token) { return (u32)(entry.first + token) * INNER; },
+        [&](u32 to, u32 unit, u32 row, float sum) {
+            // Rows 0 to 7 are gates, 8 to 15 what they gate.
+            const float value = rounded(sum), up = __shfl_down_sync(FULL, value, 8);
+            if (row < 8) out[to + GROUP_PLACE(unit) * 8 + PLACE(row)] = narrow(rounded(value / (1.f + __expf(-value))) * up);
         });
 }
 
-extern "C" __global__ void __launch_bounds__(D_WARPS * 32, D_BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(D_SLICES * D_TEAMS * WARP, D_BLOCKS_PER_SM)
 down(const u8* __restrict__ weights,     // [experts, HIDDEN, INNER]
      const u8* __restrict__ scales, const float* __restrict__ factors,
-     const int* counts, const Active* active, const int* slots,
+     const int* counts, const Active* active, int most_entries, const int* slots, int most_slots,
      const u16* x,                       // gate_up's result
      u16* out) {                         // [tokens * TOPK, HIDDEN] by slot, natural
-    const u32 lane = threadIdx.x & 31, g = lane >> 2, tig = lane & 3;
-    float factor = 1.f;
-    u32 to[2] = {};
-    int count = 0;
     // The router was two kernels ago: its list is complete.
-    stream<INNER, D_RING, D_GROUP, HIDDEN / 16, 8, D_X_AHEAD, true>(
-        weights, scales, counts, active, x,
-        [](int expert, u32 unit) { return (i64)(expert * HIDDEN + (int)unit * 16); },
-        [&](const Active& entry) { return (u64)(u32)(entry.first + g) * INNER; },
-        [&](const Active& entry) {
-            if (FP4) factor = factors[entry.expert];
-            count = entry.count - 2 * (int)tig;
-#pragma unroll
-            for (int t = 0; t < 2; t++)
-                if (t < count) to[t] = (u32)__ldcg(slots + entry.first + 2 * tig + t) * HIDDEN + g;
-        },
-        [&](const float(&acc)[4], u32 unit) {
-#pragma unroll
-            for (int t = 0; t < 2; t++) {
-                if (t >= count) continue;
-                out[to[t] + unit * 16] = narrow(acc[t] * factor);
-                out[to[t] + unit * 16 + 8] = narrow(acc[t + 2] * factor);
-            }
-        });
+    __shared__ Routes routes;
+    load_routes(routes, counts, active, most_entries, slots, most_slots);
+    stream<INNER, D_SLICES, D_CHUNKS, D_TEAMS, D_STAGES, D_RUN, HIDDEN / 16, 16, 8, true>(
+        weights, scales, factors, routes, x, [](int expert) { return (i64)expert * HIDDEN; },
+        [](const Active& entry, u32 column) { return (u32)(entry.first + column) * INNER; },
+        [&](const Active& entry, u32 token) { return (u32)routes.slots[entry.first + token] * HIDDEN; },
+        [&](u32 to, u32 unit, u32 row, float sum) { out[to + unit * 16 + row] = narrow(sum); });
 }
 #endif

@@ -28,12 +28,14 @@ class Kernel:
         threads: of a block.
         handle: what the driver calls it.
         dependent: it may start before the kernel ahead of it has ended (and waits by itself where it must).
+        shared_bytes: of a block, beside what the source declares.
     """
 
     name: str
     threads: int
     handle: Any
     dependent: bool
+    shared_bytes: int = 0
 
     def launch(self, grid: Sequence[int], *arguments: Argument) -> None:
         """Enqueue it.
@@ -50,7 +52,7 @@ class Kernel:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
-        config.sharedMemBytes = 0
+        config.sharedMemBytes = self.shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
         if self.dependent:
             attribute = driver.CUlaunchAttribute()
@@ -64,17 +66,18 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A kernel to load: file, function, threads of a block, constants."""
+    """A kernel to load: file, function, threads of a block, constants, bytes of shared memory beside the declared."""
 
     source: str
     name: str
     threads: int
     constants: tuple[tuple[str, int], ...]
+    shared_bytes: int = 0
 
 
-def wanted(source: str, name: str, threads: int, **constants: int) -> Wanted:
+def wanted(source: str, name: str, threads: int, *, shared_bytes: int = 0, **constants: int) -> Wanted:
     """See `Wanted`."""
-    return Wanted(source, name, threads, tuple(sorted(constants.items())))
+    return Wanted(source, name, threads, tuple(sorted(constants.items())), shared_bytes)
 
 
 _loaded: dict[tuple[int, str, tuple[tuple[str, int], ...]], Any] = {}
@@ -93,7 +96,7 @@ def load_kernels(kernels: Mapping[str, Wanted], device: torch.device, *, depende
     """
     from cuda.bindings import driver
 
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     index = device.index if device.index is not None else torch.cuda.current_device()
     capability = torch.cuda.get_device_capability(index)
     missing = {(k.source, k.constants) for k in kernels.values() if (index, k.source, k.constants) not in _loaded}
@@ -113,7 +116,12 @@ def load_kernels(kernels: Mapping[str, Wanted], device: torch.device, *, depende
             _check(status, f"finding {kernel.name}")
             status, handle = driver.cuKernelGetFunction(function)
             _check(status, f"finding {kernel.name}")
-            found[key] = Kernel(kernel.name, kernel.threads, handle, dependent and capability >= DEPENDENT_LAUNCH)
+            if kernel.shared_bytes:
+                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                (status,) = driver.cuFuncSetAttribute(handle, attribute, kernel.shared_bytes)
+                _check(status, f"{kernel.shared_bytes} bytes of shared memory for {kernel.name}")
+            is_dependent = dependent and capability >= DEPENDENT_LAUNCH
+            found[key] = Kernel(kernel.name, kernel.threads, handle, is_dependent, kernel.shared_bytes)
     return found
 
 

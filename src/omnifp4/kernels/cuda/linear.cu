@@ -15,7 +15,8 @@ linear(const u8* __restrict__ weights,  // codes [n, K / 2], or BF16 [n, K]
        int m, int n) {
     const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, tig = lane & 3;
     const i64 first_row = (i64)blockIdx.x * (UNITS * 16);
-    __shared__ float sums[WARPS][UNITS * 16][NT * 8 + 1];
+    extern __shared__ float shared[];
+    float(*sums)[UNITS * 16][NT * 8 + 1] = (float(*)[UNITS * 16][NT * 8 + 1])shared;  // of each warp
 #if NORM
     __shared__ float scratch[WARPS];
     __shared__ uint4 normed[K / 8];
@@ -36,6 +37,12 @@ linear(const u8* __restrict__ weights,  // codes [n, K / 2], or BF16 [n, K]
     const i64 own_row = min(first_row + threadIdx.x % (UNITS * 16), (i64)n - 1);
     const u32 own_token = threadIdx.x / (UNITS * 16);
     const float own_factor = FP4 ? factors[own_row / 16] : 1.f;
+#if NORM
+    uint4 norm_weights[(CHUNKS + 1) / 2];
+#pragma unroll
+    for (int i = 0; i < (CHUNKS + 1) / 2; i++)
+        if (i * 32 + lane < CHUNKS * 16) norm_weights[i] = load(norm_weight + (warp * (CHUNKS * 16) + i * 32 + lane) * 8);
+#endif
     wait_for_previous();
     let_next_start();
 #if RESIDUAL
@@ -60,13 +67,13 @@ linear(const u8* __restrict__ weights,  // codes [n, K / 2], or BF16 [n, K]
     for (int i = 0; i < (CHUNKS + 1) / 2; i++) {
         u32 group = warp * (CHUNKS * 16) + i * 32 + lane;
         if (i * 32 + lane < CHUNKS * 16) {
-            uint4 w = load(norm_weight + group * 8);
+            const uint4 w = norm_weights[i];
             uint4 v = make_uint4(norm_pair(own[i].x, inverse, w.x), norm_pair(own[i].y, inverse, w.y),
                                  norm_pair(own[i].z, inverse, w.z), norm_pair(own[i].w, inverse, w.w));
 #if FP4
             v = in_fp4_order(v);
 #endif
-            normed[group] = v;
+            normed[GROUP_PLACE(group)] = v;
         }
     }
     __syncwarp();

@@ -14,9 +14,23 @@ rms_norm(u16* residual,                  // [m, HIDDEN]; written if TOPK
      u16* natural, u16* fp4_order) {     // [m, HIDDEN] each; null: not wanted
     __shared__ float scratch[THREADS / 32];
     const i64 token = blockIdx.x;
+    uint4 own[OWN], factors[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const u32 group = i * THREADS + threadIdx.x;
+        if (group < GROUPS) factors[i] = load(weight + group * 8);
+    }
+#if TOPK
+    // The router was three kernels ago: its choice is complete. A slot without an expert holds what it held before.
+    float slot_weight[TOPK];
+#pragma unroll
+    for (int s = 0; s < TOPK; s++) slot_weight[s] = __ldcg(expert_weights + token * TOPK + s);
+    bool there[TOPK];
+#pragma unroll
+    for (int s = 0; s < TOPK; s++) there[s] = __ldcg(experts + token * TOPK + s) >= 0;
+#endif
     wait_for_previous();
     let_next_start();
-    uint4 own[OWN];
     float squares = 0.f;
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
@@ -25,13 +39,15 @@ rms_norm(u16* residual,                  // [m, HIDDEN]; written if TOPK
         own[i] = load(residual + token * HIDDEN + group * 8);
         u32 v[4] = {own[i].x, own[i].y, own[i].z, own[i].w};
 #if TOPK
+        uint4 outputs[TOPK];
+#pragma unroll
+        for (int s = 0; s < TOPK; s++) outputs[s] = load(slot_outputs + (token * TOPK + s) * HIDDEN + group * 8);
         float sum[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int s = 0; s < TOPK; s++) {
-            if (experts[token * TOPK + s] < 0) continue;
-            const float w = expert_weights[token * TOPK + s];
-            const uint4 y = load(slot_outputs + (token * TOPK + s) * HIDDEN + group * 8);
-            const u32 p[4] = {y.x, y.y, y.z, y.w};
+            if (!there[s]) continue;
+            const float w = slot_weight[s];
+            const u32 p[4] = {outputs[s].x, outputs[s].y, outputs[s].z, outputs[s].w};
 #pragma unroll
             for (int j = 0; j < 4; j++) sum[2 * j] += w * low(p[j]), sum[2 * j + 1] += w * high(p[j]);
         }
@@ -49,11 +65,11 @@ rms_norm(u16* residual,                  // [m, HIDDEN]; written if TOPK
     for (int i = 0; i < OWN; i++) {
         const u32 group = i * THREADS + threadIdx.x;
         if (group >= GROUPS) continue;
-        const uint4 w = load(weight + group * 8);
+        const uint4 w = factors[i];
         const uint4 v = make_uint4(norm_pair(own[i].x, inverse, w.x), norm_pair(own[i].y, inverse, w.y),
                                    norm_pair(own[i].z, inverse, w.z), norm_pair(own[i].w, inverse, w.w));
         if (natural) *(uint4*)(natural + token * HIDDEN + group * 8) = v;
-        if (fp4_order) *(uint4*)(fp4_order + token * HIDDEN + group * 8) = in_fp4_order(v);
+        if (fp4_order) *(uint4*)(fp4_order + token * HIDDEN + fp4_group(group) * 8) = in_fp4_order(v);
     }
 }
 

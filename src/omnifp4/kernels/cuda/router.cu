@@ -10,6 +10,7 @@
 #define WARPS 16
 #define TOKENS (8 * NT)
 #define PER_LANE ((EXPERTS + 31) / 32)
+#define PER_WARP ((TOKENS + WARPS - 1) / WARPS)
 
 struct Active {
     int expert, first, count, unused;
@@ -25,53 +26,67 @@ DEVICE void choose(const float* logits, const int4* rows, int m, int* experts, f
     __shared__ int first_slot[EXPERTS];
     for (u32 i = threadIdx.x; i < EXPERTS; i += WARPS * 32) routed[i] = 0;
     __syncthreads();
-#pragma unroll 1
-    for (int token = warp; token < m; token += WARPS) {
-        if (rows[token].x < 0) {  // an idle row has no experts
-            if (lane < TOPK) experts[token * TOPK + lane] = -1, weights[token * TOPK + lane] = 0.f;
-            continue;
-        }
-        float value[PER_LANE];
-        u32 key[PER_LANE];
+    // A warp's tokens side by side: their loads and reductions wait together.
+    float value[PER_WARP][PER_LANE];
+    u32 key[PER_WARP][PER_LANE], mine[PER_WARP] = {}, best[PER_WARP] = {};
+    bool there[PER_WARP];
+#pragma unroll
+    for (int t = 0; t < PER_WARP; t++) {
+        const int token = t * WARPS + warp;
+        there[t] = token < m && rows[token].x >= 0;
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
             const u32 e = i * 32 + lane;
-            value[i] = 0.f, key[i] = 0;
-            if (e < EXPERTS) {
+            value[t][i] = 0.f;
+            if (there[t] && e < EXPERTS) {
 #pragma unroll
-                for (int p = 0; p < PARTS; p++) value[i] += __ldcg(logits + (p * m + token) * EXPERTS + e);
-                value[i] = rounded(value[i]);
-                key[i] = logit_key(value[i], e);
+                for (int p = 0; p < PARTS; p++) value[t][i] += __ldcg(logits + (p * m + token) * EXPERTS + e);
             }
         }
-        u32 mine = 0, best = 0;
+    }
 #pragma unroll
-        for (int s = 0; s < TOPK; s++) {
-            u32 top = key[0];
+    for (int t = 0; t < PER_WARP; t++)
 #pragma unroll
-            for (int i = 1; i < PER_LANE; i++) top = max(top, key[i]);
+        for (int i = 0; i < PER_LANE; i++) {
+            const u32 e = i * 32 + lane;
+            value[t][i] = rounded(value[t][i]);
+            key[t][i] = e < EXPERTS ? logit_key(value[t][i], e) : 0;
+        }
+#pragma unroll
+    for (int s = 0; s < TOPK; s++)
+#pragma unroll
+        for (int t = 0; t < PER_WARP; t++) {
+            u32 top = key[t][0];
+#pragma unroll
+            for (int i = 1; i < PER_LANE; i++) top = max(top, key[t][i]);
             top = __reduce_max_sync(FULL, top);
-            if (s == 0) best = top;
-            if (lane == s) mine = top;
+            if (s == 0) best[t] = top;
+            if (lane == s) mine[t] = top;
 #pragma unroll
             for (int i = 0; i < PER_LANE; i++)
-                if (key[i] == top) key[i] = 0;
+                if (key[t][i] == top) key[t][i] = 0;
         }
-        const float most = key_logit(best);
+#pragma unroll
+    for (int t = 0; t < PER_WARP; t++) {
+        const int token = t * WARPS + warp;
+        const float most = key_logit(best[t]);
         float all = 0.f;
 #pragma unroll
-        for (int i = 0; i < PER_LANE; i++) all += i * 32 + lane < EXPERTS ? __expf(value[i] - most) : 0.f;
+        for (int i = 0; i < PER_LANE; i++) all += i * 32 + lane < EXPERTS ? __expf(value[t][i] - most) : 0.f;
         all = warp_sum(all);
-        float weight = lane < TOPK ? __expf(key_logit(mine) - most) / all : 0.f;
+        float weight = lane < TOPK ? __expf(key_logit(mine[t]) - most) / all : 0.f;
 #if NORMALISE_TOPK
         weight /= warp_sum(weight);
 #endif
-        if (lane < TOPK) {
-            const u32 e = key_expert(mine);
-            experts[token * TOPK + lane] = (int)e;
-            weights[token * TOPK + lane] = rounded(weight);
-            atomicOr(&routed[e], 1u << token);
-            position[e][token] = (u8)lane;
+        if (lane < TOPK && token < m) {
+            const u32 e = key_expert(mine[t]);
+            // An idle row has no experts.
+            experts[token * TOPK + lane] = there[t] ? (int)e : -1;
+            weights[token * TOPK + lane] = there[t] ? rounded(weight) : 0.f;
+            if (there[t]) {
+                atomicOr(&routed[e], 1u << token);
+                position[e][token] = (u8)lane;
+            }
         }
     }
     __syncthreads();
@@ -117,7 +132,7 @@ router(const u16* __restrict__ weights,  // [EXPERTS, HIDDEN]
        u16* normed_out,                  // [1, HIDDEN] for gate_up if SINGLE
        const int4* rows,                 // [m] slot of each row first; below 0: idle
        float* logits, u32* done,         // [PARTS, m, EXPERTS]; blocks that are done, 0 before and after
-       int* experts, float* expert_weights, int* places, Active* active, int* slots, int* distinct, int m) {
+       int* experts, float* expert_weights, int* places, Active* active, int* slots, int* counts, int m) {
     const u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, tig = lane & 3;
     const int first = blockIdx.x * 16, part = blockIdx.y;
     const u32 chunk = warp % CHUNKS, tile = warp / CHUNKS;
@@ -128,14 +143,21 @@ router(const u16* __restrict__ weights,  // [EXPERTS, HIDDEN]
         r0 = load_bf16(weights + (i64)min(first + (int)g, EXPERTS - 1) * HIDDEN, part * CHUNKS + chunk, tig);
         r1 = load_bf16(weights + (i64)min(first + (int)g + 8, EXPERTS - 1) * HIDDEN, part * CHUNKS + chunk, tig);
     }
-    wait_for_previous();
-    let_next_start();
 #if SINGLE
     __shared__ float scratch[WARPS];
     __shared__ uint4 normed[CHUNKS * 16];
 #define GROUPS (HIDDEN / 8)
 #define OWN ((GROUPS + WARPS * 32 - 1) / (WARPS * 32))
-    uint4 own[OWN];
+    uint4 own[OWN], norm_weights[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const u32 group = i * WARPS * 32 + threadIdx.x;
+        if (group / (CHUNKS * 16) == part) norm_weights[i] = load(norm_weight + group * 8);
+    }
+#endif
+    wait_for_previous();
+    let_next_start();
+#if SINGLE
     float squares = 0.f;
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
@@ -152,12 +174,12 @@ router(const u16* __restrict__ weights,  // [EXPERTS, HIDDEN]
         const u32 group = i * WARPS * 32 + threadIdx.x;
         // Each part of the columns is left for gate_up by the first block that has it.
         if (group / (CHUNKS * 16) != part) continue;
-        const uint4 w = load(norm_weight + group * 8);
+        const uint4 w = norm_weights[i];
         const uint4 v = make_uint4(norm_pair(own[i].x, inverse, w.x), norm_pair(own[i].y, inverse, w.y),
                                    norm_pair(own[i].z, inverse, w.z), norm_pair(own[i].w, inverse, w.w));
         normed[group - part * (CHUNKS * 16)] = v;
 #if FP4
-        if (blockIdx.x == 0) *(uint4*)(normed_out + group * 8) = in_fp4_order(v);
+        if (blockIdx.x == 0) *(uint4*)(normed_out + fp4_group(group) * 8) = in_fp4_order(v);
 #else
         if (blockIdx.x == 0) *(uint4*)(normed_out + group * 8) = v;
 #endif
@@ -202,6 +224,6 @@ router(const u16* __restrict__ weights,  // [EXPERTS, HIDDEN]
     if (!last) return;
     __threadfence();
     if (threadIdx.x == 0) *done = 0;
-    choose(logits, rows, m, experts, expert_weights, places, active, slots, distinct);
+    choose(logits, rows, m, experts, expert_weights, places, active, slots, counts);
 #endif
 }

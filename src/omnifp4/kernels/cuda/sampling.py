@@ -55,13 +55,14 @@ class SamplingKernels:
             lowered = torch.where(values > 0, values / factor, values * factor)
             values = torch.where(state.seen[slots] > 0, lowered, values)
         draw = "top" if draw == "greatest" else draw
-        found = (
-            torch.topk(values, self._candidates[draw], dim=-1) if draw == "top" else values.sort(-1, descending=True)
-        )
+        if draw == "top":
+            candidates, indices = torch.topk(values, self._candidates[draw], dim=-1)
+        else:
+            candidates, indices = values.sort(-1, descending=True)
         self._kernels[draw].launch(
             (count,),
-            found[0].contiguous(),
-            found[1].contiguous(),
+            candidates.contiguous(),
+            indices.contiguous(),
             rows,
             state.temperatures,
             state.top_ks,

@@ -11,13 +11,24 @@ from omnifp4.report.figures import figure
 
 SHADES: Final = 9
 """Classes ``shade0`` to ``shade8``; the style sheet colours them from calm to hot."""
+FAR: Final = 1e-4
+"""Below this share of the largest value everything has the calmest shade."""
+HOT: Final = 5
+"""From this shade on, text in a cell has the colour of the paper."""
+LEAST_FOR_FIGURES: Final = 58.0
+LEAST_HEIGHT: Final = 18.0
+"""Px of a cell that can hold its value."""
 LEGEND: Final = 58.0
 FOOT: Final = 34.0
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Values by row and column; None where there is nothing, or nothing was measured."""
+    """Values by row and column; None where there is nothing, or nothing was measured.
+
+    Attributes:
+        counts: values are whole numbers.
+    """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -26,6 +37,11 @@ class Grid:
     unit: str
     row_axis: str
     column_axis: str
+    counts: bool = False
+
+    def told(self, value: float) -> str:
+        """A value in words."""
+        return f"{value:,.0f}" if self.counts else figure(value)
 
 
 def heatmap_plot(grid: Grid, *, key: str, width: float) -> Drawing:
@@ -38,8 +54,8 @@ def heatmap_plot(grid: Grid, *, key: str, width: float) -> Drawing:
     shown = [v for row in grid.values for v in row if v is not None and math.isfinite(v)]
     bottom = LEGEND + tall * len(grid.rows)
     drawing = Drawing(key, width, bottom + FOOT, title=grid.title, description=_told(grid))
-    low, high = (min(shown), max(shown)) if shown else (0.0, 0.0)
-    _legend(drawing, grid, low, high)
+    low, high = _ends(shown)
+    _legend(drawing, grid, low, high, least=min(shown, default=0.0))
     shades: dict[str, list[str]] = {}
     gap = 1.0 if cell > 6 and tall > 6 else 0.0
     for number, row in enumerate(grid.values):
@@ -51,6 +67,8 @@ def heatmap_plot(grid: Grid, *, key: str, width: float) -> Drawing:
             shades.setdefault(name, []).append(f"M{x:.1f} {y:.1f}h{cell - gap:.2f}v{tall - gap:.1f}h-{cell - gap:.2f}z")
     for name in sorted(shades):
         drawing.path("".join(shades[name]), name)
+    if cell >= LEAST_FOR_FIGURES and tall >= LEAST_HEIGHT:
+        _figures(drawing, grid, (low, high), left, cell, tall)
     every = 1 if few_rows else max(1, math.ceil(14 / tall))
     every = _round_interval(every)
     for number, name in enumerate(grid.rows):
@@ -65,6 +83,16 @@ def heatmap_plot(grid: Grid, *, key: str, width: float) -> Drawing:
     if all(name.isdigit() for name in grid.rows):
         drawing.text(0, LEGEND - 7, grid.row_axis, "tick")
     return drawing
+
+
+def _figures(drawing: Drawing, grid: Grid, ends: tuple[float, float], left: float, cell: float, tall: float) -> None:
+    """The value in each cell, where cells are large enough."""
+    for number, row in enumerate(grid.values):
+        for place, value in enumerate(row):
+            if value is not None and math.isfinite(value):
+                name = "on-hot" if _shade(value, *ends) >= HOT else "on-calm"
+                x, y = left + (place + 0.5) * cell, LEGEND + (number + 0.5) * tall + 4
+                drawing.text(x, y, grid.told(value), name, anchor="middle")
 
 
 def _round_interval(least: int) -> int:
@@ -83,10 +111,17 @@ def _decades(low: float, high: float) -> bool:
     return low > 0 and high > 10 * low
 
 
-def _legend(drawing: Drawing, grid: Grid, low: float, high: float) -> None:
+def _ends(shown: list[float]) -> tuple[float, float]:
+    """Between which the shades lie; what is far below the largest is as calm as can be."""
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    return (max(low, FAR * high) if low > 0 else low, high)
+
+
+def _legend(drawing: Drawing, grid: Grid, low: float, high: float, *, least: float) -> None:
     for shade in range(SHADES):
         drawing.rect(shade * 16, 4, 16, 12, f"shade{shade}")
-    told = f"{figure(low)} to {figure(high)}{', log steps' if _decades(low, high) else ''}"
+    told = f"{grid.told(low)}{' or less' if least < low else ''} to {grid.told(high)}"
+    told += ", log steps" if _decades(low, high) else ""
     drawing.text(SHADES * 16 + 8, 14, told, "tick")
     drawing.text(0, 31, shortened(grid.unit, drawing.width), "tick")
 
@@ -102,5 +137,5 @@ def _told(grid: Grid) -> str:
         return "Nothing was measured."
     worst = sorted(found, reverse=True)[:3]
     return f"{len(found)} cells, {grid.unit}. Largest: " + "; ".join(
-        f"{name}, {grid.column_axis} {column}: {figure(value)}" for value, name, column in worst
+        f"{name}, {grid.column_axis} {column}: {grid.told(value)}" for value, name, column in worst
     )

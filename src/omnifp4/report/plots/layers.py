@@ -10,7 +10,7 @@ from omnifp4.report.figures import figure
 from omnifp4.report.scales import Scale, round_step
 
 STRIP = 84.0
-HEAD = 24.0
+HEAD = 34.0
 FOOT = 34.0
 
 
@@ -57,7 +57,7 @@ def layers_plot(strips: Sequence[LayerStrip], *, key: str, width: float) -> Draw
     for number, strip in enumerate(strips):
         top = number * (STRIP + HEAD) + HEAD
         up = Scale(low, high, top + STRIP, top)
-        drawing.text(0, top - 9, strip.name, "label")
+        drawing.text(0, top - 11, strip.name, "label")
         for tick in (low, (low + high) / 2, high):
             drawing.line(left, up.at(tick), width, up.at(tick), "grid")
             drawing.text(left - 8, up.at(tick) + 4, f"{tick:.3g}", "tick", anchor="end")

@@ -15,7 +15,7 @@ def fit_section(receipt: GatheredReceipt) -> Section:
     if doctor is None or doctor.fit is None:
         return Section("fit", TITLE, missing="omnifp4 doctor OUT --json > doctor.json")
     tiers = Table(
-        "Tiers",
+        "Tiers by loaded parts",
         ("loaded parts", "weights", "tier", "smallest device"),
         tuple(
             (

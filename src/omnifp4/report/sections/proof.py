@@ -8,6 +8,7 @@ from omnifp4.receipt.base import Verdict
 from omnifp4.receipt.gathered import GatheredReceipt
 from omnifp4.receipt.verification import VerificationReceipt
 from omnifp4.report.figures import figure
+from omnifp4.report.gathering import folder_name
 from omnifp4.report.sections.base import Section, Table
 
 TITLE = "Proof"
@@ -33,7 +34,7 @@ def proof_section(receipt: GatheredReceipt) -> Section:
             found.append(f"and {check.finding_count - MOST_FINDINGS:,} more")
         if check.fix:
             found.append(f"fix: {check.fix}")
-        rows.append((check.name, check.verdict.value, check.title, "; ".join(found)))
+        rows.append((check.name, check.verdict.value, check.title, _without_folders("; ".join(found), proof)))
     table = Table(
         "Checks",
         ("check", "verdict", "what it checks", "what was found"),
@@ -42,6 +43,14 @@ def proof_section(receipt: GatheredReceipt) -> Section:
         folded=proof.verdict is Verdict.PASS,
     )
     return Section("proof", TITLE, told, tables=(table,), notes=tuple(notes))
+
+
+def _without_folders(text: str, proof: VerificationReceipt) -> str:
+    """Text in which the artifact and its source are named by their last part: where they lie is nobody's business."""
+    for path in (proof.artifact, proof.against or ""):
+        if "/" in path.strip("/"):
+            text = text.replace(path, folder_name(path))
+    return text
 
 
 def counts(proof: VerificationReceipt) -> str:

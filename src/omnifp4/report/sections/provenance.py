@@ -48,6 +48,7 @@ def _environments(receipt: GatheredReceipt) -> dict[str, list[Environment]]:
     """Environments by kind of receipt, in the order of the files."""
     held: tuple[Record | None, ...] = (
         receipt.plan,
+        receipt.calibration,
         receipt.quantization,
         receipt.verification,
         receipt.sensitivity,

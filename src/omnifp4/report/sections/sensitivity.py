@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from omnifp4.receipt.gathered import GatheredReceipt
 from omnifp4.receipt.sensitivity import SensitivityReceipt, SensitivityRow
 from omnifp4.report.drawing import Drawing
 from omnifp4.report.figures import count_text, figure
-from omnifp4.report.plots.divergence import DivergenceRow, divergence_plot
+from omnifp4.report.gathering import folder_name
+from omnifp4.report.plots.divergence import divergence_plot
 from omnifp4.report.plots.heatmap import Grid, heatmap_plot
-from omnifp4.report.sections.base import Figure, Section, Table, percent
+from omnifp4.report.plots.rows import Row
+from omnifp4.report.sections.base import TO, Figure, Section, Table, percent
 from omnifp4.report.sections.quality import interval
 
 TITLE = "Where FP4 hurts"
-MOST_ROWS: Final = 20
+MOST_ROWS: Final = 64
+"""Of a table; the receipt has all."""
 
 
 def sensitivity_section(receipt: GatheredReceipt) -> Section:
@@ -40,14 +43,16 @@ def sensitivity_section_of(found: SensitivityReceipt) -> Section:
         *(Figure(grid.title + ".", _drawn(grid)) for grid in grids(found)),
     ]
     tables = [
-        _table("Components, each quantized alone", components, folded=False),
-        _table("Layers, each quantized alone", layers, folded=True),
-        _table("Experts", experts, folded=True),
+        _table("Components, each quantized alone", components, found.noise_floor, folded=False),
+        _table("Layers, each quantized alone", layers, found.noise_floor, folded=True),
+        _table("Experts", experts, found.noise_floor, folded=True),
     ]
     notes = [
-        f"{found.samples:,} samples of {found.data}, {found.positions:,} positions, {found.dtype} on {found.device}, "
+        f"{found.samples:,} samples of {folder_name(found.data)}, {found.positions:,} positions, {found.dtype} on {found.device}, "
         f"recipe {found.recipe}, scale rule {found.rule}. Output error is sum((y - y')²) / sum(y²) of each linear's "
-        "outputs on its own inputs of the BF16 run; KL is of the whole model with only this part in FP4.",
+        "outputs on its own inputs of the run before FP4; KL is of the whole model with only this part in FP4, and share "
+        "is its part of the sum over all of the same table.",
+        *_noise_note(found),
         *found.notes,
     ]
     return Section(
@@ -83,7 +88,14 @@ def grids(found: SensitivityReceipt) -> tuple[Grid, ...]:
             )
         )
     for component in dict.fromkeys(row.component for row in found.rows if row.expert is not None):
-        result.append(_expert_grid(component, [row for row in found.rows if row.component == component]))
+        experts = [row for row in found.rows if row.component == component and row.expert is not None]
+        if any(row.kl_mean for row in experts):
+            alone = {(row.layer, row.expert): row.kl_mean.value if row.kl_mean else None for row in experts}
+            title = f"KL divergence of each expert of {component}, quantized alone"
+            result.append(_expert_grid(alone, title, "mean KL divergence in nats"))
+        errors = {(row.layer, row.expert): row.output_error for row in experts}
+        title = f"Output error of each expert of {component}; no cell where no token was routed"
+        result.append(_expert_grid(errors, title, "relative squared error of outputs"))
     return tuple(result)
 
 
@@ -103,16 +115,15 @@ def _grid(
     )
 
 
-def _expert_grid(component: str, rows: Sequence[SensitivityRow]) -> Grid:
-    values = {(row.layer, row.expert): row.output_error for row in rows if row.expert is not None}
+def _expert_grid(values: Mapping[tuple[int | None, int | None], float | None], title: str, unit: str) -> Grid:
     layers = sorted({layer for layer, _ in values if layer is not None})
     experts = sorted({expert for _, expert in values if expert is not None})
     return Grid(
         rows=tuple(map(str, layers)),
         columns=tuple(map(str, experts)),
         values=tuple(tuple(values.get((layer, expert)) for expert in experts) for layer in layers),
-        title=f"Output error of each expert of {component}; no cell where no token was routed",
-        unit="relative squared error of outputs",
+        title=title,
+        unit=unit,
         row_axis="layer",
         column_axis="expert",
     )
@@ -123,13 +134,13 @@ def _alone_figure(found: SensitivityReceipt, components: Sequence[SensitivityRow
     if not measured:
         return ()
     rows = [
-        DivergenceRow(row.component, row.kl_mean.value, row.kl_mean.low, row.kl_mean.high, found.noise_floor)
+        Row(row.component, row.kl_mean.value, row.kl_mean.low, row.kl_mean.high, found.noise_floor)
         for row in sorted(measured, key=lambda row: -row.kl_mean.value if row.kl_mean else 0.0)
         if row.kl_mean
     ]
     if found.together:
         both = found.together
-        rows.append(DivergenceRow("all of them", both.value, both.low, both.high, found.noise_floor))
+        rows.append(Row("all of them", both.value, both.low, both.high, found.noise_floor))
     title = "KL divergence of each component, quantized alone"
     return (
         Figure(
@@ -145,7 +156,41 @@ def _drawn(grid: Grid) -> Callable[[str, float], Drawing]:
     return lambda key, width: heatmap_plot(grid, key=key, width=width)
 
 
-def _table(caption: str, rows: Sequence[SensitivityRow], *, folded: bool) -> Table:
+def _noise_note(found: SensitivityReceipt) -> list[str]:
+    """What cannot be told from nothing."""
+    alone = [row for row in found.rows if row.kl_mean is not None]
+    if found.noise_floor is None or not alone:
+        return []
+    lost = sum(_in_noise(row, found.noise_floor) for row in alone)
+    if not lost:
+        return [f"Every part is above the noise floor of {figure(found.noise_floor)}."]
+    more = "; --dtype float32 lowers it" if found.dtype != "float32" else ""
+    return [
+        f"{lost:,} of {len(alone):,} parts cost no more alone than the noise floor of {figure(found.noise_floor)}: "
+        f"they are not told apart from no change{more}."
+    ]
+
+
+def _in_noise(row: SensitivityRow, noise_floor: float | None) -> bool:
+    return row.kl_mean is not None and noise_floor is not None and row.kl_mean.value <= noise_floor
+
+
+def _brief(*, with_kl: bool, experts: bool) -> tuple[int, ...]:
+    """Columns for a terminal: long names leave no room for the error of the weights, which hardly varies."""
+    if not with_kl:
+        return (0, 3, 4, 5)
+    return (0, 4, 6, 8) if experts else (0, 3, 4, 6, 8)
+
+
+def _alone(row: SensitivityRow, noise_floor: float | None) -> tuple[str, str, str]:
+    """Divergence, its interval, and its share."""
+    if (kl := row.kl_mean) is None:
+        return "not measured", "", ""
+    share = "in the noise" if _in_noise(row, noise_floor) else percent(row.share)
+    return figure(kl.value), f"{figure(kl.low)}{TO}{figure(kl.high)}", share
+
+
+def _table(caption: str, rows: Sequence[SensitivityRow], noise_floor: float | None, *, folded: bool) -> Table:
     ordered = sorted(rows, key=lambda row: (-(row.kl_mean.value if row.kl_mean else 0.0), -(row.output_error or 0.0)))
     if len(ordered) > MOST_ROWS:
         caption += f", the worst {MOST_ROWS} of {len(ordered):,}"
@@ -153,7 +198,7 @@ def _table(caption: str, rows: Sequence[SensitivityRow], *, folded: bool) -> Tab
     columns = ("part", "linears", "parameters", "weight error", "output error", "tokens")
     return Table(
         caption,
-        (*columns, "KL alone (95\u00a0%)", "share") if with_kl else columns,
+        (*columns, "KL alone", "95\u00a0%", "share") if with_kl else columns,
         tuple(
             (
                 _name(row),
@@ -162,13 +207,13 @@ def _table(caption: str, rows: Sequence[SensitivityRow], *, folded: bool) -> Tab
                 figure(row.weight_error),
                 figure(row.output_error) if row.output_error is not None else "no token",
                 f"{row.tokens:,}" if row.tokens is not None else "",
-                *((interval(row.kl_mean) if row.kl_mean else "not measured", percent(row.share)) if with_kl else ()),
+                *(_alone(row, noise_floor) if with_kl else ()),
             )
             for row in ordered[:MOST_ROWS]
         ),
-        numeric=frozenset(range(1, 8 if with_kl else 6)),
+        numeric=frozenset(range(1, 9 if with_kl else 6)),
         folded=folded,
-        brief=(0, 3, 4, 6, 7) if with_kl else (),
+        brief=_brief(with_kl=with_kl, experts=any(row.expert is not None for row in rows)),
     )
 
 

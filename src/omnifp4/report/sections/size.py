@@ -6,6 +6,7 @@ from omnifp4.receipt.gathered import GatheredReceipt
 from omnifp4.receipt.plan import ComponentRow
 from omnifp4.report.figures import count_text, size_text
 from omnifp4.report.plots.sizes import SizeRow, sizes_plot
+from omnifp4.report.schemes import quantized_parameters, scheme_names
 from omnifp4.report.sections.base import Figure, Section, Table, percent, ratio_text
 
 TITLE = "Size"
@@ -20,9 +21,10 @@ def size_section(receipt: GatheredReceipt) -> Section:
     done = "takes" if receipt.quantization else "would take"
     lead = f"{size_text(after)} {done} the place of {size_text(before)}: {ratio_text(before, after)}."
     if source.output_format == "fake-quant":
-        lead = f"{size_text(after)}: the weights are rounded through NVFP4 and stored wide, nothing shrinks."
+        lead = f"{size_text(after)}: the weights are rounded through {scheme_names(source)} and stored wide, nothing shrinks."
     if source.parameters:
-        lead += f" {percent(source.fp4_parameters / source.parameters)} of {count_text(source.parameters)} parameters are in FP4."
+        share = percent(quantized_parameters(source) / source.parameters)
+        lead += f" {share} of {count_text(source.parameters)} parameters are in {scheme_names(source)}."
     rows = tuple(SizeRow(row.name, row.bytes_before, row.bytes_after) for row in source.components)
     notes = [f"{name} stays wide: {reason}" for name, reason in list(source.left_out.items())[:5]]
     if len(source.left_out) > 5:

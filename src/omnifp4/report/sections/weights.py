@@ -9,7 +9,9 @@ from statistics import median
 from typing import Final
 
 from omnifp4.receipt.gathered import GatheredReceipt
+from omnifp4.receipt.quantization import CalibrationUse
 from omnifp4.report.figures import figure
+from omnifp4.report.gathering import folder_name
 from omnifp4.report.plots.layers import LayerPoint, LayerStrip, layers_plot
 from omnifp4.report.sections.base import Figure, Section, Table
 
@@ -54,8 +56,30 @@ def weights_section(receipt: GatheredReceipt) -> Section:
         ),
         numeric=frozenset({1, 2, 4}),
     )
-    note = "sum((w - w')²) / sum(w²) of the decoded weights. It says how near the weights are, not what answers cost."
-    return Section("weights", TITLE, lead, figures, (table,), (note,))
+    notes = [
+        "sum((w - w')²) / sum(w²) of the decoded weights. It says how near the weights are, not what answers cost."
+    ]
+    tables = [table]
+    if (seen := made.calibration) is not None:
+        tables.append(_outputs_table(seen))
+        notes.append(
+            f"Calibrated with {seen.samples:,} samples, {seen.tokens:,} tokens of {folder_name(seen.data)} (SHA-256 {seen.data_sha256[:12]}), "
+            f"{seen.activations}. Errors of outputs are shares of their energy on these inputs, and say nothing of others."
+        )
+    return Section("weights", TITLE, lead, figures, tuple(tables), tuple(notes))
+
+
+def _outputs_table(seen: CalibrationUse) -> Table:
+    return Table(
+        "Error of outputs on the calibration inputs",
+        ("component", "linears", "as written", "data-free rounding of the same weights"),
+        tuple(
+            (name, f"{item.linears:,}", figure(item.error), figure(item.data_free))
+            for name, item in seen.outputs.items()
+        ),
+        numeric=frozenset({1, 2, 3}),
+        brief=(0, 2, 3),
+    )
 
 
 def layer_strips(errors: Mapping[str, float]) -> tuple[LayerStrip, ...]:

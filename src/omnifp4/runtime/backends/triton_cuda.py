@@ -20,7 +20,7 @@ class TritonBackend(Backend):
     """See `Backend`. Weights unpack at the speed of memory, and experts never leave their packed form.
 
     Sums run in float32 and in a fixed order; the host waits for nothing, so that a CUDA graph can hold all of it.
-    Experts in float32, or gated with something else than SiLU, run one after the other as `Backend.experts` does.
+    Experts in float32, with branches, or gated with something else than SiLU, run one after the other as `Backend.experts` does.
     """
 
     name = "triton"
@@ -33,7 +33,7 @@ class TritonBackend(Backend):
 
     def experts(self, module: PackedExperts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """See `Backend.experts`."""
-        if hidden.dtype not in KERNEL_TYPES or not _is_silu(module.activate):
+        if hidden.dtype not in KERNEL_TYPES or not _is_silu(module.activate) or module.has_branch:
             return super().experts(module, hidden, index, weights)
         from omnifp4.kernels.prefill.experts import experts
         from omnifp4.kernels.prefill.matrices import PackedMatrices

@@ -17,6 +17,7 @@ const state = {
   answer: null,     // {controller, player} while one is under way
   recorder: null,
   context: null,    // AudioContext
+  player: null,     // of the latest spoken answer, which may play on after its text is done
 };
 
 // Small things
@@ -324,6 +325,7 @@ class Player {
     this.next = 0;
     this.sources = [];
     this.odd = null;
+    this.quiet = false; // what still comes is kept, not played
   }
 
   add(text) {
@@ -336,6 +338,7 @@ class Player {
     if (piece.length === 0) return;
     this.pieces.push(piece);
     this.samples += piece.length;
+    if (this.quiet) return;
     const buffer = state.context.createBuffer(1, piece.length, RATE_OUT);
     buffer.copyToChannel(piece, 0);
     const source = state.context.createBufferSource();
@@ -348,6 +351,7 @@ class Player {
   }
 
   stop() {
+    this.quiet = true;
     for (const source of this.sources) source.stop();
     this.sources = [];
   }
@@ -362,8 +366,15 @@ class Player {
 
 at("speak").addEventListener("click", () => {
   const on = at("speak").getAttribute("aria-pressed") !== "true";
+  if (!on) hush();
   at("speak").setAttribute("aria-pressed", String(on));
 });
+
+// Ends what is being spoken.
+function hush() {
+  if (state.player) state.player.stop();
+  state.player = null;
+}
 
 // The conversation
 
@@ -425,6 +436,7 @@ async function ask() {
   if (!text && attached.length === 0) { question.focus(); return; }
   if (!state.status) { warn("the server has not answered yet"); await refresh(); if (!state.status) return; }
   warn("");
+  hush();
   const speak = at("speak").getAttribute("aria-pressed") === "true" && !at("speak").hidden;
   const parts = [...attached.map((one) => one.part), ...(text ? [{ type: "text", text }] : [])];
   state.messages.push({ role: "user", content: attached.length ? parts : text });
@@ -440,6 +452,7 @@ async function ask() {
   follow();
   const answer = { controller: new AbortController(), player: speak ? new Player() : null, dropped: false };
   state.answer = answer;
+  state.player = answer.player;
   composer.classList.add("busy");
   at("send").setAttribute("aria-label", "Stop");
   at("send").title = "Stop";
@@ -466,7 +479,7 @@ async function ask() {
         figures.pieces += 1;
         const followed = near();
         said += piece;
-        shown.textContent = said;
+        shown.textContent = said.trimStart();
         if (followed) follow();
         if (figures.pieces > 1) at("rate").textContent = rateText((figures.pieces - 1) / ((figures.last - figures.first) / 1000));
       }
@@ -509,10 +522,10 @@ function finish(article, asked, answer, figures, said, problem) {
   }
   if (answer.player && answer.player.samples) {
     const again = make("audio", { controls: true, "aria-label": "The spoken answer", src: URL.createObjectURL(answer.player.recording()) });
-    again.addEventListener("play", () => answer.player.stop());
+    again.addEventListener("play", hush);
     article.insertBefore(again, article.querySelector(".told"));
   }
-  if (stopped && answer.player) answer.player.stop();
+  if (stopped) hush();
   state.answer = null;
   composer.classList.remove("busy");
   at("send").setAttribute("aria-label", "Send");
@@ -535,7 +548,7 @@ question.addEventListener("keydown", (event) => {
   event.preventDefault();
   if (!state.answer) ask();
 });
-addEventListener("keydown", (event) => { if (event.key === "Escape" && !document.querySelector("dialog[open]")) stop(); });
+addEventListener("keydown", (event) => { if (event.key === "Escape" && !document.querySelector("dialog[open]")) { stop(); hush(); } });
 
 function grow() {
   question.style.height = "auto";
@@ -546,6 +559,7 @@ question.addEventListener("input", grow);
 at("reset").addEventListener("click", () => {
   if (state.answer) state.answer.dropped = true;
   stop();
+  hush();
   state.messages = [];
   state.attached.forEach((one) => URL.revokeObjectURL(one.url));
   state.attached = [];

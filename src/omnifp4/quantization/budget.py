@@ -1,0 +1,234 @@
+"""A format for each layer, under a budget of bits: what every choice costs and how much it hurts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from omnifp4.checkpoint.dtypes import byte_count
+from omnifp4.checkpoint.reader import CheckpointReader
+from omnifp4.errors import RecipeError
+from omnifp4.formats import coded
+from omnifp4.formats.nvfp4 import EXPECTED_RELATIVE_ERROR, Float32Array, ScaleRule
+from omnifp4.formats.scheme import Scheme
+from omnifp4.formats.widening import widen
+from omnifp4.models.base import Component, Kind, Part
+from omnifp4.models.source import Source, SourceTensor
+from omnifp4.quantization.decisions import OutputFormat, stored_tensors
+from omnifp4.quantization.method import Auto, Counted
+from omnifp4.quantization.recipe import Recipe, choose_schemes
+
+if TYPE_CHECKING:
+    from omnifp4.calibration.statistics import Statistics
+
+Progress = Callable[[int, int, str], None]
+
+DEFAULT_EXPERTS_PER_TOKEN: Final = 8
+"""Of every config class with experts that is known here, where the config does not say it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that get one format: q/k/v, gate/up, all experts of a layer, or one alone.
+
+    Attributes:
+        name: for people.
+        tensors: their weights.
+        share: of tokens that read each of the weights, as the budget counts it.
+    """
+
+    name: str
+    tensors: tuple[SourceTensor, ...]
+    share: float
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.spec.parameters for tensor in self.tensors)
+
+
+def assign(
+    source: Source,
+    recipe: Recipe,
+    overrides: Mapping[str, Scheme],
+    output_format: OutputFormat,
+    statistics: Statistics | None,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Scheme]:
+    """The scheme of every weight that a budget decides, by name; empty for a recipe without one.
+
+    Args:
+        source: the wide checkpoint; its weights are read only with statistics.
+        recipe: whose method may have a budget.
+        overrides: components that are settled.
+        output_format: whose dialect must have a form for each scheme.
+        statistics: how much each error hurts: ``sum h_i (w_i - w'_i)**2`` over ``sum h_i w_i**2``, the share of a
+            linear's output that is lost. None: what the formats cost on Gaussian weights, alike for all.
+        threads: for the measurement.
+        progress: of the measurement: bytes done, bytes in all, what is measured.
+
+    Raises:
+        RecipeError: the budget cannot be met, or a scheme cannot be expressed.
+    """
+    method = recipe.method
+    if not isinstance(method, Auto):
+        return {}
+    from omnifp4.algorithms.budget import Choice, Impossible, allocate
+
+    dialect = (output_format if output_format.dialect else OutputFormat.MODELOPT).dialect
+    assert dialect is not None
+    unknown = [s for s in method.schemes if s not in (Scheme.NVFP4, Scheme.WIDE) and s not in dialect.coded_forms]
+    if unknown:
+        raise RecipeError(
+            f"format {output_format} has no form for {unknown[0]}, which recipe {recipe.name!r} may choose"
+        )
+    groups = _groups(source, recipe, overrides, method.counted)
+    if not groups:
+        raise RecipeError(f"recipe {recipe.name!r} with these components leaves no linear for its budget to decide")
+    losses = _measure(source, groups, method.schemes, recipe.rule, statistics, threads, progress)
+    choices = {
+        group.name: [
+            Choice(scheme, _bits(group, scheme, output_format) * group.share, losses[group.name][scheme])
+            for scheme in method.schemes
+        ]
+        for group in groups
+    }
+    counted = sum(group.parameters * group.share for group in groups)
+    try:
+        chosen = allocate(choices, method.effective_bits * counted)
+    except Impossible as error:
+        least = math.ceil(1000 * error.least / counted) / 1000
+        raise RecipeError(
+            f"{method.effective_bits:g} effective bits cannot be met: the smallest formats of recipe {recipe.name!r} take "
+            f"{least:g} bits a weight here",
+            hint=f"--effective-bits {least:g} or more",
+        ) from None
+    return {tensor.spec.name: chosen[group.name].scheme for group in groups for tensor in group.tensors}
+
+
+def _groups(source: Source, recipe: Recipe, overrides: Mapping[str, Scheme], counted: Counted) -> list[Group]:
+    schemes = choose_schemes(source.layout, recipe, overrides)
+    members: dict[str, list[SourceTensor]] = {}
+    for tensor in source.tensors:
+        spec, component = tensor.spec, tensor.spec.component
+        settled = component.name in overrides or component.part.value in overrides
+        if not spec.is_linear or settled or schemes[component].is_wide or spec.shape[1] % Scheme.NVFP4.width_multiple:
+            continue
+        members.setdefault(_group_name(tensor), []).append(tensor)
+    groups = []
+    for name, tensors in members.items():
+        component = tensors[0].spec.component
+        routed = counted is Counted.READ and component.kind is Kind.EXPERTS
+        groups.append(Group(name, tuple(tensors), _active_share(source, component, tensors) if routed else 1.0))
+    return groups
+
+
+def _group_name(tensor: SourceTensor) -> str:
+    spec = tensor.spec
+    if spec.component.kind is Kind.EXPERTS:
+        # Kernels run all experts of a layer in one format.
+        return spec.name.rpartition(".experts.")[0] + ".experts"
+    return spec.scale_group or spec.name
+
+
+def _active_share(source: Source, component: Component, tensors: list[SourceTensor]) -> float:
+    """Experts that a token reads, over all experts."""
+    experts = len({tensor.spec.name.rsplit(".", 2)[0] for tensor in tensors})
+    config: Any = source.checkpoint.config
+    path = ("talker_config", "text_config") if component.part is Part.TALKER else ("thinker_config", "text_config")
+    for key in path:
+        inner = config.get(key)
+        config = inner if isinstance(inner, dict) else config
+    value = config.get("num_experts_per_tok", DEFAULT_EXPERTS_PER_TOKEN)
+    if not isinstance(value, int) or not 1 <= value <= experts:
+        raise RecipeError(
+            f"config: num_experts_per_tok is {value!r}: 1 to {experts} is needed to count bits that are read"
+        )
+    return value / experts
+
+
+def _bits(group: Group, scheme: Scheme, output_format: OutputFormat) -> float:
+    form = output_format if output_format.dialect else OutputFormat.MODELOPT
+    if scheme.is_wide:
+        return 8.0 * sum(tensor.nbytes for tensor in group.tensors)
+    return 8.0 * sum(
+        byte_count(stored.dtype, stored.shape)
+        for tensor in group.tensors
+        for stored in stored_tensors(tensor, scheme, form)
+    )
+
+
+def _measure(
+    source: Source,
+    groups: list[Group],
+    schemes: tuple[Scheme, ...],
+    rule: ScaleRule,
+    statistics: Statistics | None,
+    threads: int,
+    progress: Progress | None,
+) -> dict[str, dict[Scheme, float]]:
+    """Loss of every group in every scheme: the lost share of the output of each kind of linear in it, summed."""
+    if statistics is None:
+        expected = {Scheme.NVFP4: EXPECTED_RELATIVE_ERROR[rule], Scheme.WIDE: 0.0} | coded.EXPECTED_RELATIVE_ERROR
+        return {group.name: {scheme: expected[scheme] for scheme in schemes} for group in groups}
+    total = sum(tensor.nbytes for group in groups for tensor in group.tensors)
+    done = 0
+    losses: dict[str, dict[Scheme, float]] = {}
+    with CheckpointReader(source.checkpoint) as reader, ThreadPoolExecutor(threads) as pool:
+
+        def look(tensor: SourceTensor) -> dict[Scheme, tuple[float, float]]:
+            return _tensor_losses(tensor, reader, schemes, rule, statistics)
+
+        for group in groups:
+            # Gate, up and down each count as one linear, however many experts share the work.
+            kinds: dict[str, dict[Scheme, list[float]]] = {}
+            for tensor, found in zip(group.tensors, pool.map(look, group.tensors), strict=True):
+                kind = kinds.setdefault(tensor.spec.module.rpartition(".")[2], {})
+                for scheme, (error, energy) in found.items():
+                    sums = kind.setdefault(scheme, [0.0, 0.0])
+                    sums[0] += error
+                    sums[1] += energy
+                done += tensor.nbytes
+                if progress:
+                    progress(done, total, f"measuring {group.name}")
+            losses[group.name] = {
+                scheme: sum(kind[scheme][0] / kind[scheme][1] if kind[scheme][1] else 0.0 for kind in kinds.values())
+                for scheme in schemes
+            }
+    return losses
+
+
+def _tensor_losses(
+    tensor: SourceTensor,
+    reader: CheckpointReader,
+    schemes: tuple[Scheme, ...],
+    rule: ScaleRule,
+    statistics: Statistics,
+) -> dict[Scheme, tuple[float, float]]:
+    """Output error and output energy of one weight in every scheme, times the tokens that it saw."""
+    wide = widen(tensor.read(reader), tensor.entry.dtype)
+    name = tensor.spec.name
+    importance: Float32Array = np.ones(wide.shape[1], dtype=np.float32)
+    if name in statistics:
+        importance = statistics.of(name).square_mean.numpy()
+    tokens = max(1, statistics.tokens(name))
+    energy = tokens * float((np.square(wide, dtype=np.float64) @ importance).sum())
+    result = {}
+    for scheme in schemes:
+        difference = np.zeros_like(wide) if scheme.is_wide else _rounded(wide, scheme, rule) - wide
+        result[scheme] = (tokens * float((np.square(difference, dtype=np.float64) @ importance).sum()), energy)
+    return result
+
+
+def _rounded(wide: Float32Array, scheme: Scheme, rule: ScaleRule) -> Float32Array:
+    if scheme is not Scheme.NVFP4:
+        return coded.decode(coded.encode(wide, scheme, rule))
+    from omnifp4.formats import fast_cpu
+
+    return fast_cpu.decode(fast_cpu.encode(wide, "F32", rule)[0])

@@ -1,0 +1,101 @@
+"""What is known of the inputs of a linear while it is quantized, wherever it comes from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from omnifp4.errors import OmniFP4Error
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+    from omnifp4.calibration.hessians import LayerInputs
+    from omnifp4.calibration.statistics import InputStatistics, Source, Statistics
+
+
+class KnownInputs(Protocol):
+    """Inputs of weights, by checkpoint name."""
+
+    def source(self, weight_name: str) -> Source:
+        """Where it comes from; ``none`` if nothing is known."""
+        ...
+
+    def tokens(self, weight_name: str) -> int:
+        """Tokens that were sent to a weight, however few."""
+        ...
+
+    def statistics(self, weight_name: str) -> InputStatistics:
+        """Raises OmniFP4Error where nothing is known."""
+        ...
+
+    def hessian(self, weight_name: str) -> Tensor | None:
+        """Full Hessian, float32 ``[in, in]``; None where only a file is at hand."""
+        ...
+
+    @property
+    def device(self) -> device:
+        """Where the arithmetic is done."""
+        ...
+
+
+class FileInputs:
+    """What a statistics file holds."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        import torch
+
+        self._file = statistics
+        self.device = torch.device("cpu")
+
+    def source(self, weight_name: str) -> Source:
+        """See `KnownInputs.source`."""
+        return self._file.source(weight_name)
+
+    def tokens(self, weight_name: str) -> int:
+        """See `KnownInputs.tokens`."""
+        return self._file.tokens(weight_name)
+
+    def statistics(self, weight_name: str) -> InputStatistics:
+        """See `KnownInputs.statistics`."""
+        return self._file.of(weight_name)
+
+    def hessian(self, weight_name: str) -> Tensor | None:
+        """A file has none."""
+        return None
+
+
+class VisitedInputs:
+    """What one layer shows while a calibration set runs through it."""
+
+    def __init__(self, layer: LayerInputs) -> None:
+        self._layer = layer
+        self._names = frozenset(layer.names)
+        self.device = layer.device
+
+    def source(self, weight_name: str) -> Source:
+        """See `KnownInputs.source`."""
+        return self._layer.source(weight_name) if weight_name in self._names else "none"
+
+    def tokens(self, weight_name: str) -> int:
+        """See `KnownInputs.tokens`; tokens of all experts do not count as sent."""
+        return self._layer.tokens(weight_name) if self.source(weight_name) == "routed" else 0
+
+    def statistics(self, weight_name: str) -> InputStatistics:
+        """See `KnownInputs.statistics`."""
+        return self._layer.statistics(weight_name)
+
+    def hessian(self, weight_name: str) -> Tensor | None:
+        """See `KnownInputs.hessian`."""
+        return self._layer.hessian(weight_name)
+
+
+def need_hessian(inputs: KnownInputs, weight_name: str) -> Tensor:
+    """The full Hessian.
+
+    Raises:
+        OmniFP4Error: there is only a file.
+    """
+    hessian = inputs.hessian(weight_name)
+    if hessian is None:
+        raise OmniFP4Error(f"{weight_name}: a full Hessian is needed", hint="add --data SET")
+    return hessian
