@@ -110,7 +110,7 @@ def page(found: dict[str, Way], command: str) -> str:
         "",
         f"Written by `{command}` on {cost.environment.made_at[:10]}; {machine}, transformers "
         f"{metadata.version('transformers')}, omnifp4 {cost.environment.omnifp4}. {cost.samples} samples "
-        f"({cost.data}, SHA-256 {cost.data_sha256[:12]}), {cost.dtype}.",
+        f"({Path(cost.data).name}, SHA-256 {cost.data_sha256[:12]}), {cost.dtype}.",
         "",
         "Each column is one artifact of the bundled tiny model: the default recipe with each scale rule (sweep is the "
         "default), `nvfp4-mlp`, and `nvfp4-thinker-talker`. KL is the mean divergence of next-token distributions from BF16 "

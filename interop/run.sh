@@ -34,6 +34,9 @@ for artifact in "$work"/*.modelopt.*; do
     [ -d "$artifact" ] || continue
     "$home/modelopt/bin/python" interop/check_modelopt.py "$artifact" "$artifact.expected.safetensors"
 done
+# The calibrated algorithms beside ModelOpt's own, on the same weights and Hessians.
+.venv/bin/python interop/export_calibrated.py "$work/calibrated.safetensors"
+"$home/modelopt/bin/python" interop/check_calibrated.py "$work/calibrated.safetensors"
 # vLLM builds Qwen3-Omni's head without a name, which no ModelOpt ignore entry can match: a note, not a failure.
 "$home/vllm/bin/python" interop/check_vllm_config.py --allow-nameless-head "$work"/*.sweep
 # The commands that the hand-over makes, as vLLM's own parser and config see them.

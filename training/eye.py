@@ -22,9 +22,9 @@ from training.pictures import PATCH, draw, patches
 from training.thinker import autocast, decode
 from training.towers import Sight, tower_of
 
-WIDTHS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0)
+WIDTHS = (1.5, 2.0, 2.5, 3.0)
 """Standard deviations of the kernel, in ink of an 8 x 8 picture."""
-RIDGES = (1e-3, 1e-2, 3e-2, 1e-1)
+RIDGES = (1e-2, 1e-1)
 SHARPNESS = 8.0
 """Times the kernel's scores, which are near 0 and 1, before the softmax."""
 SIDES = (4, 4, 4, 6, 8)

@@ -13,6 +13,16 @@ from whole_model import Seen
 SAMPLES = 8
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Any:
+    """Two threads on matrices this small wait for each other for most of the time."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def write_lines(tmp_path: Path) -> Callable[..., Path]:
     """Writes objects as a JSONL file."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from omnifp4.calibration.failures import CalibrationFailed
+from omnifp4.errors import OmniFP4Error
 
 torch: Any = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -139,6 +140,26 @@ def test_a_speech_that_fails(
     assert [one.sample for one in receipt.failures] == ["2"]
     assert "talker.attention" not in receipt.components
     assert receipt.not_captured["talker.attention"] == "no conversation of the set reached it"
+
+
+def test_speech_that_comes_too_late(
+    calibrate: Callable[..., Any], tiny_omni: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The states that it would read are gone: a run that goes on says so, and one that insists is refused."""
+    from omnifp4.calibration import capture
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(capture, "assemble", dies)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(tiny_omni, tmp_path / "out", samples=8, speech=False)
+    with pytest.raises(OmniFP4Error, match="--speech was asked for: the run that is continued was begun without"):
+        calibrate(tiny_omni, tmp_path / "out", samples=8, speech=True, resume=True)
+    receipt = calibrate(tiny_omni, tmp_path / "out", samples=8, speech=None, resume=True)
+    assert receipt.resumed_layers == 4
+    assert receipt.not_captured["talker.head"] == "the run that is continued was begun without speech"
 
 
 def test_no_memory_for_the_whole_model(

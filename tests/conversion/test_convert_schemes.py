@@ -25,6 +25,21 @@ def test_there_and_back_is_byte_identical(mixed_artifacts: dict[str, Path], tiny
         assert (back / name).read_bytes() == (mixed_artifacts["modelopt"] / name).read_bytes()
 
 
+def test_an_artifact_without_any_nvfp4(tiny_omni: Path, tmp_path: Path) -> None:
+    from omnifp4 import quantize
+
+    components = ("thinker.attention=fp8", "thinker.experts=mxfp4")
+    made, there = tmp_path / "made", tmp_path / "there"
+    quantize(tiny_omni, made, components=components, format="compressed-tensors", threads=2, check=False)
+    convert(made, there, "modelopt", threads=2)
+    proof = verify(there, against=tiny_omni)
+    assert (proof.verdict, proof.dialect) == (Verdict.PASS, "modelopt")
+    assert proof.schemes.keys() == {"fp8", "mxfp4"}
+    convert(there, tmp_path / "back", "compressed-tensors", threads=2)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (made / name).read_bytes()
+
+
 def test_what_the_other_dialect_has_no_form_for(mixed_artifacts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"is int8, for which modelopt has no form that engines read"):
         convert(mixed_artifacts["compressed-tensors"], tmp_path / "out", "modelopt")

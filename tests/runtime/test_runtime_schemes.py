@@ -211,12 +211,16 @@ def test_few_slots_at_once_are_the_loop(mixed_artifacts: dict[str, Path], dialec
 
 
 def test_kernels_are_told_why_not(mixed_artifacts: dict[str, Path]) -> None:
+    from omnifp4.decoding.decoder_weights import why_not
     from omnifp4.runtime.coded import why_not_coded
 
     model = load(mixed_artifacts["modelopt"], speech=False)
     reason = why_not_coded(model.thinker.get_decoder())
     assert reason == "its layers.0.self_attn.q_proj is in fp8, and the kernels read NVFP4 and BF16"
     assert why_not_coded(torch.nn.Linear(2, 2)) == ""
+    assert why_not(model) == reason
+    model.thinker.model = load(mixed_artifacts["compressed-tensors"], speech=False).thinker.model
+    assert "layers.0.self_attn.q_proj is in int8" in why_not(model)
 
 
 def _copy(source: Path, out: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -66,8 +67,6 @@ def author_of(author: Any, data: Any, tokenizer: Any, config: Any, seed: int) ->
 
 def test_the_eyes_teacher_leaves_out_what_it_says(data: Any) -> None:
     """The closed form of leave-one-out is what leaving each picture out gives."""
-    from dataclasses import replace
-
     from training import eye
 
     few = replace(data, pictures=data.pictures[:60], picture_digits=data.picture_digits[:60])
@@ -101,5 +100,6 @@ def test_pictures_between_others_are_pictures_of_the_same_digit(data: Any) -> No
     assert float(made.max()) <= 1
     known = torch.cdist(made.flatten(1), pictures.flatten(1)).amin(1) < 1e-6
     assert 5 < int(known.sum()) < 80, "an eighth is shown as it is"
-    named = eye.Teacher(data, "cpu")(made).argmax(1)
+    few = replace(data, pictures=data.pictures[:600], picture_digits=data.picture_digits[:600])
+    named = eye.Teacher(few, "cpu")(made).argmax(1)
     assert float((named == 3).float().mean()) > 0.95

@@ -67,12 +67,19 @@ def test_ids_positions_and_logits_are_the_stock_ones(
 
 
 def test_the_talker_says_what_the_stock_talker_says(
-    model: Any, data: Any, config: Any, tokenizer: Any, processor: Any, senses: Any
+    model: Any,
+    data: Any,
+    config: Any,
+    tokenizer: Any,
+    processor: Any,
+    senses: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from training.conversations import Author, batch
 
     from training import talker
 
+    monkeypatch.setattr(talker, "MOST_SECONDS", 2.0)
     author = Author(data, tokenizer, config, test=True, seed=4)
     codes = {int(number): np.zeros((3, 6), np.uint16) for number in data.wave_numbers(False)}
     script = talker.Script(data, codes, dict.fromkeys(codes, 0.0), np.zeros(6, np.uint16), config, 0)

@@ -12,6 +12,10 @@ from omnifp4.algorithms.errors import damped
 from omnifp4.algorithms.grid import blocks_of, e2m1_values, e4m3_values, max_block_scales, round_to_e2m1, round_to_e4m3
 from omnifp4.formats.nvfp4 import E2M1_MAX, E4M3_MAX_BITS, E4M3_MIN_BITS, SWEEP_OFFSETS, ScaleRule
 
+HESSIAN_OFFSETS: Final = tuple(range(-4, 15))
+"""Candidates of the sweep under a Hessian, as distances in E4M3 codes from max scaling. Errors that cancel within a block
+make larger scales worth while: of 6,600 blocks of made-up layers the best of all scales lay from -3 to 13."""
+
 CLIP_RATIOS: Final = tuple(1 - step / 20 for step in range(11))
 """Shares of a block's largest value that AWQ's clip search tries as the largest code: 1, 0.95 … 0.5."""
 
@@ -45,7 +49,8 @@ def choose_block_scales(
         return max_block_scales(weight, tensor_scale)
     if weight.device.type == "cpu" and block_hessian is None:
         return _compiled(weight, tensor_scale, rule, importance)
-    return _best(weight, tensor_scale, _candidates(weight, tensor_scale, rule), importance, block_hessian)
+    offsets = SWEEP_OFFSETS if block_hessian is None else HESSIAN_OFFSETS
+    return _best(weight, tensor_scale, _candidates(weight, tensor_scale, rule, offsets), importance, block_hessian)
 
 
 def choose_clipped_scales(
@@ -60,16 +65,16 @@ def choose_clipped_scales(
     unit = (torch.tensor(E2M1_MAX) * tensor_scale)[..., None, None]
     candidates = [round_to_e4m3(amax * ratio / unit) for ratio in CLIP_RATIOS]
     if rule is not ScaleRule.MAX:
-        candidates = [*_candidates(weight, tensor_scale, rule), *candidates]
+        candidates = [*_candidates(weight, tensor_scale, rule, HESSIAN_OFFSETS), *candidates]
     return _best(weight, tensor_scale, candidates, None, block_hessian)
 
 
-def _candidates(weight: Tensor, tensor_scale: Tensor, rule: ScaleRule) -> list[Tensor]:
+def _candidates(weight: Tensor, tensor_scale: Tensor, rule: ScaleRule, offsets: Sequence[int]) -> list[Tensor]:
     by_max = max_block_scales(weight, tensor_scale)
     if rule is ScaleRule.FOUR_OVER_SIX:
         amax = blocks_of(weight).abs().amax(dim=-1)
         return [by_max, round_to_e4m3(amax / (4.0 * tensor_scale)[..., None, None])]
-    return [(by_max.int() + o).clamp_(E4M3_MIN_BITS, E4M3_MAX_BITS).to(torch.uint8) for o in SWEEP_OFFSETS]
+    return [(by_max.int() + o).clamp_(E4M3_MIN_BITS, E4M3_MAX_BITS).to(torch.uint8) for o in offsets]
 
 
 def _compiled(weight: Tensor, tensor_scale: Tensor, rule: ScaleRule, importance: Tensor | None) -> Tensor:

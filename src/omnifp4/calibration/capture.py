@@ -101,10 +101,16 @@ def capture(prepared: Preparation, out: Path, settings: CaptureSettings, progres
     job = {
         "verb": "calibrate", "version": STATISTICS_VERSION, "model": fingerprint, "data": prepared.data_sha256,
         "dtype": str(prepared.dtype), "device": prepared.device.type, "all_expert_tokens": settings.all_expert_tokens,
-        "block_hessians": settings.block_hessians, "speech": not silent,
+        "block_hessians": settings.block_hessians,
     }  # fmt: skip
     with Staging(out, job, resume=settings.resume) as staging:
         run = _Capture(prepared, settings, staging, progress)
+        if not silent and run.began_without_speech:
+            silent = "the run that is continued was begun without speech"
+            if settings.speech:
+                raise OmniFP4Error(
+                    f"--speech was asked for: {silent}", hint=f"remove {staging.folder}, or leave --speech out"
+                )
         try:
             resumed = run.layers(spoken=not silent)
             if not silent:
@@ -164,6 +170,12 @@ class _Capture:
         layers = [f"layer {number}" for number in range(run.layers)]
         self.units = [unit for unit in (TOWERS_UNIT, *layers, HEAD_UNIT) if unit in self.staging.finished]
         return run.resumed_after
+
+    @property
+    def began_without_speech(self) -> bool:
+        """An earlier run has passed the layer whose states would be spoken, and kept none."""
+        passed = f"layer {min(states_layer(self.prepared), layer_count(self.prepared.checkpoint) - 1)}"
+        return passed in self.staging.finished and STATES_UNIT not in self.staging.finished
 
     def speech(self) -> None:
         """Speak, unless an earlier run has."""

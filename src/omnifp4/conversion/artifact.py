@@ -60,7 +60,9 @@ class Artifact:
 
     @cached_property
     def dialect(self) -> Dialect:
-        """The dialect of most linears' tensors; ModelOpt where there is no linear."""
+        """The dialect of most NVFP4 linears' tensors; as the config says, or ModelOpt, where there is none."""
+        if not self.linears and self.claim is not None and self.claim.dialect in DIALECTS:
+            return DIALECTS[self.claim.dialect]
         divided = sum(linear.reciprocal for linear in self.linears.values())
         return DIALECTS["compressed-tensors" if 2 * divided > len(self.linears) else "modelopt"]
 

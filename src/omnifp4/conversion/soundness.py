@@ -17,9 +17,9 @@ REPAIR: Final = "omnifp4 repair IN OUT mends it or says why it cannot be mended"
 
 
 def require_convertible(artifact: Artifact, target: Dialect) -> None:
-    """Raise unless there is an NVFP4 artifact of another form than `target`, with nothing that it cannot express."""
+    """Raise unless there is a quantized artifact of another form than `target`, with nothing that it cannot express."""
     where = artifact.checkpoint.location
-    if not artifact.linears:
+    if not artifact.linears and not artifact.coded:
         raise CheckpointError(
             f"{where}: no linear is in NVFP4, so there is nothing to convert", hint="omnifp4 quantize"
         )

@@ -54,7 +54,7 @@ class Counts:
 
 
 BUNDLED: Final = Counts(
-    pictures=13, recordings=2, pairs=17, arithmetic=100, repeat=100, continued=32, spoken=30, long=4
+    pictures=13, recordings=2, pairs=17, arithmetic=100, repeat=100, continued=32, spoken=24, long=3
 )
 ALL: Final = Counts(
     pictures=1000, recordings=5, pairs=60, arithmetic=300, repeat=300, continued=200, spoken=200, long=20
