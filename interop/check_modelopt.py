@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from modelopt.torch.export.quant_utils import from_quantized_weight
-from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
+from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP4QTensor, NVFP4QTensor
 from tensors import Checkpoint, Usage, compare_weights, run
 
 BLOCK_SIZE = 16
@@ -53,7 +52,7 @@ def dequantize_other(artifact: Checkpoint, module: str, algorithm: str) -> torch
     codes, scale = artifact.load(f"{module}.weight"), artifact.load(f"{module}.weight_scale")
     value: torch.Tensor
     if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
-        value = from_quantized_weight(codes, scale[:, None], "fp8", torch.bfloat16)
+        value = FP8QTensor(codes.shape, torch.bfloat16, codes).dequantize(dtype=torch.bfloat16, scale=scale[:, None])
     elif algorithm == "MXFP4":
         shape = torch.Size([*codes.shape[:-1], codes.shape[-1] * 2])
         value = MXFP4QTensor(shape, torch.bfloat16, codes).dequantize(

@@ -52,15 +52,20 @@ def compiled(shape: DecoderShape, rows: int, capability: tuple[int, int], fp4: b
     return {name: compile_source(k.source, dict(k.constants), capability) for name, k in plan.wanted.items()}
 
 
-@pytest.mark.parametrize("capability", list(PROCESSORS), ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_the_real_shape_compiles(capability: tuple[int, int]) -> None:
-    for rows in (1, 32):
-        for name, cubin in compiled(REAL, rows, capability, True).items():
-            assert cubin.startswith(b"\x7fELF"), name
+    for name, cubin in compiled(REAL, 32, capability, True).items():
+        assert cubin.startswith(b"\x7fELF"), name
+
+
+@pytest.mark.parametrize("capability", list(PROCESSORS), ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_one_row_compiles_for_every_gpu(capability: tuple[int, int]) -> None:
+    for name, cubin in compiled(SMALL, 1, capability, True).items():
+        assert cubin.startswith(b"\x7fELF"), name
 
 
 @pytest.mark.parametrize("fp4", [True, False], ids=["fp4", "bf16"])
-@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize("rows", [1, 16])
 def test_a_small_shape_compiles(rows: int, fp4: bool) -> None:
     assert all(cubin.startswith(b"\x7fELF") for cubin in compiled(SMALL, rows, (9, 0), fp4).values())
 

@@ -12,6 +12,7 @@ from omnifp4.checkpoint.artifact import find_coded, find_linears
 from omnifp4.checkpoint.folder import open_checkpoint
 from omnifp4.errors import RecipeError
 from omnifp4.formats.scheme import Scheme
+from omnifp4.receipt.base import Verdict
 from small_checkpoints import MIXED_COMPONENTS
 
 BITS = {"nvfp4": 4.5, "mxfp4": 4.25, "fp8": 8.0, "int8": 8.0, "bf16": 16.0}
@@ -77,6 +78,17 @@ def test_a_width_that_a_scheme_cannot_hold_stays_wide(tmp_path: Path) -> None:
     assert not omnifp4.plan(tmp_path / "llama", components=["thinker.mlp=int8"], format="compressed-tensors").left_out
 
 
+def test_experts_of_which_only_some_widths_fit_are_refused(tmp_path: Path) -> None:
+    from omnifp4.tiny import write_random_checkpoint
+    from small_checkpoints import QWEN3_MOE
+
+    write_random_checkpoint(QWEN3_MOE, tmp_path / "moe", seed=0)
+    with pytest.raises(RecipeError, match=r"'thinker.experts' cannot be mxfp4: the width 48 of .*down_proj"):
+        omnifp4.plan(tmp_path / "moe", components=["thinker.experts=mxfp4"])
+    assert omnifp4.plan(tmp_path / "moe", components=["thinker.experts=mxfp4"], format="fake-quant").left_out
+    assert not omnifp4.plan(tmp_path / "moe", components=["thinker.experts=fp8"]).left_out
+
+
 def test_a_run_in_the_same_schemes_writes_the_same_bytes(
     tiny_omni: Path, mixed_artifacts: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -86,3 +98,22 @@ def test_a_run_in_the_same_schemes_writes_the_same_bytes(
     )
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (mixed_artifacts[dialect] / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe_fused", "qwen3_vl_moe_transposed"])
+def test_fused_experts(small_folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """From 3-D tensors come the linears of separate ones; a fake-quant twin keeps the 3-D form, and is proved as such."""
+    components = ("thinker.experts=fp8", "thinker.attention=mxfp4")
+    for name, source in (("fused", small_folders[kind]), ("apart", small_folders["qwen3_vl_moe"])):
+        omnifp4.quantize(source, tmp_path / name, components=components, threads=1)
+    proof = omnifp4.verify(tmp_path / "fused", against=small_folders["qwen3_vl_moe"])
+    assert proof.verdict is Verdict.PASS
+    assert set(proof.schemes) == {"fp8", "mxfp4"}
+    sums = [json.loads((tmp_path / name / "omnifp4.json").read_text())["tensors"] for name in ("fused", "apart")]
+    assert sums[0] == sums[1]
+    omnifp4.quantize(small_folders[kind], tmp_path / "fake", components=components, format="fake-quant", threads=1)
+    fake = omnifp4.verify(tmp_path / "fake", against=small_folders[kind])
+    assert fake.verdict is Verdict.PASS
+    assert any(
+        "FP8, " in check.summary or ", FP8" in check.summary for check in fake.checks if check.name == "fp4.fake"
+    )

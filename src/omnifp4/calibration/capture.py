@@ -174,7 +174,8 @@ class _Capture:
     @property
     def began_without_speech(self) -> bool:
         """An earlier run has passed the layer whose states would be spoken, and kept none."""
-        passed = f"layer {min(states_layer(self.prepared), layer_count(self.prepared.checkpoint) - 1)}"
+        # What comes of the last norm is no layer's, and is made in every run.
+        passed = f"layer {states_layer(self.prepared)}"
         return passed in self.staging.finished and STATES_UNIT not in self.staging.finished
 
     def speech(self) -> None:

@@ -14,7 +14,7 @@ from omnifp4.checkpoint.output import DEFAULT_SHARD_BYTES, PlannedOutput, plan_o
 from omnifp4.errors import RecipeError
 from omnifp4.formats.nvfp4 import ScaleRule
 from omnifp4.formats.scheme import Scheme
-from omnifp4.models.base import Component, TensorSpec
+from omnifp4.models.base import Component, Kind, TensorSpec
 from omnifp4.models.source import Source, SourceTensor
 from omnifp4.quantization.recipe import Recipe, choose_schemes
 
@@ -226,6 +226,8 @@ def decide(
         )
     schemes = choose_schemes(source.layout, recipe, overrides or {})
     decisions = tuple(_decide_tensor(tensor, schemes, recipe, assigned or {}) for tensor in source.tensors)
+    if output_format.dialect is not None:
+        _refuse_split_experts(decisions, schemes)
     units = _units(source, decisions, keep_fused=output_format.dialect is None)
     stored = (_stored(unit, output_format, extras_of(recipe)) for unit in units)
     groups = (group for unit_groups in stored for group in unit_groups)
@@ -242,6 +244,20 @@ def decide(
     )
     _refuse_futile(job)
     return job
+
+
+def _refuse_split_experts(decisions: tuple[Decision, ...], schemes: Mapping[Component, Scheme]) -> None:
+    """Engines build the experts of a layer as one, so a scheme that holds only some of their widths is none for them."""
+    for decision in decisions:
+        spec, scheme = decision.spec, schemes[decision.spec.component]
+        if spec.component.kind is not Kind.EXPERTS or not spec.is_linear or scheme in (Scheme.NVFP4, Scheme.WIDE):
+            continue
+        if spec.shape[1] % scheme.width_multiple:
+            raise RecipeError(
+                f"component {spec.component.name!r} cannot be {scheme}: the width {spec.shape[1]} of {spec.name} is not a "
+                f"multiple of {scheme.width_multiple}, and engines build experts as one",
+                hint=f"--component {spec.component.name}=fp8 has no such limit",
+            )
 
 
 def _refuse_futile(job: Job) -> None:

@@ -4,7 +4,7 @@
 #define __CUDA_ARCH__ 900
 #define __device__ static
 #define __forceinline__ inline
-#define __global__
+#define __global__ __attribute__((noinline))
 #define __restrict__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
@@ -68,6 +68,7 @@ static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned pick) {
 
 static inline void __syncthreads() { emulated_barrier(0, 0); }
 static inline void __syncwarp() { emulated_syncwarp(); }
+static inline unsigned long long __cvta_generic_to_shared(const void* at) { return emulated_shared_address(at); }
 static inline void __threadfence() { emulated_fence(); }
 
 template <class T> struct Bits { using type = unsigned; };
