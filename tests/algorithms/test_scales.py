@@ -37,10 +37,13 @@ def test_a_diagonal_hessian_is_importance() -> None:
     # The Hessian is damped by a hundredth of its mean, and so is the importance it is compared with.
     even = damped(diagonal_blocks(importance.diag())).diagonal(dim1=-2, dim2=-1).reshape(-1)
     by_importance = choose_block_scales(WEIGHT, SCALE, ScaleRule.SWEEP, importance=even)
-    # Under a Hessian larger scales are tried as well.
-    same = by_hessian == by_importance
-    assert same.float().mean() > 0.98
-    assert bool((by_hessian[~same] > by_importance[~same]).all())
+    # Under a Hessian larger scales are tried as well, and near ties may fall otherwise.
+    assert (by_hessian == by_importance).float().mean() > 0.98
+    errors = [
+        float((decode(encode(WEIGHT, chosen, SCALE)) - WEIGHT).square().mul(even).sum())
+        for chosen in (by_hessian, by_importance)
+    ]
+    assert errors[0] <= errors[1] * (1 + 1e-6)
 
 
 def test_the_local_hessian_is_the_block_diagonal() -> None:

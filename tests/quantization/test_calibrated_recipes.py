@@ -361,3 +361,14 @@ def test_what_convert_and_repair_cannot_carry_is_refused(made: Any, tiny_omni: P
     proof = omnifp4.verify(tmp_path / "converted", against=tiny_omni)
     assert proof.verdict is Verdict.PASS
     assert "folds" in {item.name for item in proof.checks}
+
+
+@pytest.mark.parametrize("options", [{"recipe": "nvfp4-awq-lite"}, {"recipe": "nvfp4-mlp", "rule": "importance"}])
+def test_a_file_is_enough_where_blocks_of_the_hessian_are(
+    options: dict[str, str], tiny_omni: Path, statistics: Path, tmp_path: Path
+) -> None:
+    receipt = omnifp4.quantize(tiny_omni, tmp_path / "out", statistics=statistics, threads=1, **options)
+    outputs = receipt.calibration.outputs["thinker.experts"]
+    assert outputs.error < outputs.data_free
+    assert receipt.rule == "importance"
+    assert omnifp4.verify(tmp_path / "out", against=tiny_omni).verdict is Verdict.PASS

@@ -233,7 +233,7 @@ def test_the_card_tells_what_was_done_and_measured(tiny_omni: Path, tiny_artifac
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "base_model" not in card  # A folder is no model of the Hub.
     for told in (
-        "recipe `nvfp4`", "`modelopt`", "`sweep`", "W4A16", f"{receipt.weight_bytes:,} bytes", receipt.source.headers_sha256,
+        "recipe `nvfp4`", "`modelopt`", "`sweep`", "Weights only", f"{receipt.weight_bytes:,} bytes", receipt.source.headers_sha256,
         "1.34x smaller", "36.0%", f"{receipt.errors['thinker.experts'].relative_squared_error:.2e}",
     ):  # fmt: skip
         assert told in card

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -56,7 +57,8 @@ struct Fiber {
     jmp_buf at;
     ucontext_t start;
     char* stack = nullptr;
-    bool begun, ended, waited, unfenced;
+    bool begun, ended, waited, unfenced, sees_others;  // sees_others: fence after the count
+    u32 write_epoch;                                     // of its last write to global memory
     u32 thread;
     const char* waits_at;
     std::vector<Copy> copies;              // since the last commit
@@ -94,7 +96,10 @@ Warp warps[MOST_WARPS];
 Barrier barriers[16];
 std::vector<u32> ready;
 std::vector<SharedByte> shared_bytes;
-struct Page { GlobalByte bytes[4096]; };
+struct Page {
+    GlobalByte bytes[4096];
+    u32 write_launch;  // the last one
+};
 std::unordered_map<u64, std::unique_ptr<Page>> pages;
 jmp_buf scheduler;
 ucontext_t unused;
@@ -102,6 +107,7 @@ Fiber* current;
 u32 threads, warp_count, live, base = 1, launch_number, block_number, mode;
 u64 random_state, steps;
 bool failed, is_dependent, block_counted;
+u32 count_thread, count_epoch;
 std::string message;
 const char* kernel_name;
 const Buffer* buffers;
@@ -248,19 +254,20 @@ const Buffer* buffer_of(u64 at, u32 bytes) {
     return found;
 }
 
-GlobalByte* global_byte(u64 at, bool create) {
-    static u64 last_page = ~0ull;
-    static Page* last = nullptr;
-    const u64 page = at >> 12;
-    if (page != last_page || (create && !last)) {
-        auto found = pages.find(page);
+struct Known { u64 number; Page* page; } known[1024];
+
+Page* page_of(u64 at, bool create) {
+    const u64 number = at >> 12;
+    Known& entry = known[number % 1024];
+    if (entry.number != number || (create && !entry.page)) {
+        auto found = pages.find(number);
         if (found == pages.end() && create) {
-            found = pages.emplace(page, std::make_unique<Page>()).first;
-            memset(found->second->bytes, 0, sizeof(Page));
+            found = pages.emplace(number, std::make_unique<Page>()).first;
+            memset(found->second.get(), 0, sizeof(Page));
         }
-        last_page = page, last = found == pages.end() ? nullptr : found->second.get();
+        entry = {number, found == pages.end() ? nullptr : found->second.get()};
     }
-    return last ? last->bytes + (at & 4095) : nullptr;
+    return entry.page;
 }
 
 enum { PLAIN, CACHED_GLOBALLY, READ_ONLY, ATOMIC };
@@ -268,17 +275,18 @@ enum { PLAIN, CACHED_GLOBALLY, READ_ONLY, ATOMIC };
 // True where what is read may be anything.
 bool read_global(const Buffer* buffer, u64 at, u32 bytes, int kind) {
     bool any = false;
+    Page* page = page_of(at, buffer->writable);  // an aligned access stays on its page
+    if (!page || (!buffer->writable && page->write_launch + 1 < launch_number)) return false;
     for (u64 i = at; i < at + bytes; i++) {
-        GlobalByte* byte = global_byte(i, buffer->writable);
-        if (!byte) continue;
+        GlobalByte* byte = page->bytes + (i & 4095);
         if (is_dependent && !current->waited && byte->write_launch == launch_number - 1)
             fail("reads %s + %lu, which the kernel ahead writes, before waiting for it", buffer->name, (unsigned long)(i - buffer->begin));
         if (byte->write_launch == launch_number) {
             if (kind == READ_ONLY) {
                 any = true;
             } else if (byte->write_block != block_number) {
-                if (!block_counted)
-                    fail("reads %s + %lu, which block %u writes, before it counts", buffer->name, (unsigned long)(i - buffer->begin), byte->write_block);
+                if (!current->sees_others)
+                    fail("reads %s + %lu, which block %u writes, without a count and a fence", buffer->name, (unsigned long)(i - buffer->begin), byte->write_block);
             } else if (!ordered(byte->write_thread, byte->write_epoch)) {
                 fail("race: reads %s + %lu, which thread %u wrote, with no barrier between", buffer->name, (unsigned long)(i - buffer->begin), byte->write_thread);
             }
@@ -294,8 +302,10 @@ bool read_global(const Buffer* buffer, u64 at, u32 bytes, int kind) {
 void write_global(const Buffer* buffer, u64 at, u32 bytes, bool atomic) {
     if (!buffer->writable) fail("writes %s, which is const", buffer->name);
     if (is_dependent && !current->waited) fail("writes %s before waiting for the kernel ahead", buffer->name);
+    Page* page = page_of(at, true);
+    page->write_launch = launch_number;
     for (u64 i = at; i < at + bytes; i++) {
-        GlobalByte& byte = *global_byte(i, true);
+        GlobalByte& byte = page->bytes[i & 4095];
         const bool mine = byte.write_launch == launch_number, counted = byte.atomic && (atomic || block_counted);
         if (mine && byte.write_block != block_number && !counted)
             fail("race: writes %s + %lu, which block %u wrote", buffer->name, (unsigned long)(i - buffer->begin), byte.write_block);
@@ -306,7 +316,9 @@ void write_global(const Buffer* buffer, u64 at, u32 bytes, bool atomic) {
         byte.write_launch = launch_number, byte.write_block = block_number, byte.write_thread = current->thread;
         byte.write_epoch = own_warp().epoch, byte.atomic = atomic;
     }
-    if (!atomic) current->unfenced = true;
+    if (atomic) return;
+    if (block_counted && !ordered(count_thread, count_epoch)) fail("writes %s while its block counts as done", buffer->name);
+    current->unfenced = true, current->write_epoch = own_warp().epoch;
 }
 
 // ---------------------------------------------------------------- any memory
@@ -355,7 +367,7 @@ u32 schedule() {
 }
 
 void describe_deadlock() {
-    std::unordered_map<std::string, u32> count;
+    std::map<std::string, u32> count;
     for (u32 t = 0; t < threads; t++) count[fibers[t].ended ? "ended" : std::string("wait at ") + fibers[t].waits_at]++;
     std::string text;
     for (auto& [what, n] : count) text += (text.empty() ? "" : ", ") + std::to_string(n) + " " + what;
@@ -381,7 +393,8 @@ void run_block() {
         Fiber& fiber = fibers[t];
         if (!fiber.stack)
             fiber.stack = (char*)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        fiber.begun = fiber.ended = fiber.waited = fiber.unfenced = false;
+        fiber.begun = fiber.ended = fiber.waited = fiber.unfenced = fiber.sees_others = false;
+        fiber.write_epoch = 0;
         fiber.thread = t, fiber.waits_at = nullptr;
         fiber.copies.clear(), fiber.groups.clear();
         ready.push_back(t);
@@ -467,7 +480,10 @@ int emulator_launch(const char* name, void (*function)(const u64*), const u64* a
 }
 
 // Memory that was freed may come back as another buffer: nobody has written it.
-void emulator_forget() { pages.clear(), launch_number += 2; global_byte(~0ull, false); }
+void emulator_forget() {
+    pages.clear(), launch_number += 2;
+    memset(known, 0, sizeof known);
+}
 
 void emulated_load(const void* at, u32 bytes, int kind, void* to) {
     const bool any = touch(at, bytes, false, kind);
@@ -484,7 +500,8 @@ u32 emulated_atomic(void* at, int is_or, u32 value) {
     if (shared_index((char*)at) < 0) {
         for (u32 t = 0; t < threads; t++)
             if (fibers[t].unfenced) fail("counts while what thread %u wrote is behind no fence", t);
-        block_counted = true;
+            else if (!ordered(t, fibers[t].write_epoch)) fail("counts with no barrier after what thread %u wrote", t);
+        block_counted = true, count_thread = current->thread, count_epoch = own_warp().epoch;
     }
     u32& word = *(u32*)at;
     const u32 before = word;
@@ -492,7 +509,7 @@ u32 emulated_atomic(void* at, int is_or, u32 value) {
     return before;
 }
 
-void emulated_fence() { current->unfenced = false; }
+void emulated_fence() { current->unfenced = false, current->sees_others = block_counted; }
 void emulated_wait_for_previous() { current->waited = true; }
 void emulated_let_next_start() {
     if (is_dependent && !current->waited) fail("lets the next kernel start before waiting for the one ahead");
