@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from omnifp4.kernels.cuda.compiler import COMMON, SOURCES
+from omnifp4.kernels.cuda.decoder_plan import Processor
 from omnifp4.kernels.cuda.launching import Argument, Wanted
 
 HERE = Path(__file__).parent / "emulation"
@@ -59,9 +60,8 @@ class EmulationError(AssertionError):
 
 
 def compiler() -> str | None:
-    """A C++ compiler of this machine."""
-    named = os.environ.get("CXX", "g++")
-    return shutil.which(named)
+    """The C++ compiler of this machine; None where there is none that the emulator can use."""
+    return shutil.which("g++") if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Parameter:
 
     type: str
     name: str
+    is_restrict: bool
 
     @property
     def is_pointer(self) -> bool:
@@ -78,6 +79,11 @@ class Parameter:
     @property
     def is_writable(self) -> bool:
         return self.is_pointer and not self.type.startswith("const ")
+
+    @property
+    def is_read_only(self) -> bool:
+        """The compiler may read it through the read-only path."""
+        return self.is_pointer and not self.is_writable and self.is_restrict
 
 
 def without_ptx(text: str) -> str:
@@ -103,11 +109,11 @@ def parameters_of(text: str, kernel: str) -> list[Parameter]:
     if declared is None:
         raise EmulationError(f"no kernel {kernel}")
     parameters: list[Parameter] = []
-    for part in re.sub(r"//[^\n]*|__restrict__", "", declared[1]).split(","):
-        tokens = re.match(r"\s*((?:const )?\w+\s*\**)\s*(\w+)\s*$", part)
+    for part in re.sub(r"//[^\n]*", "", declared[1]).split(","):
+        tokens = re.match(r"\s*((?:const )?\w+\s*\**)\s*(\w+)\s*$", part.replace("__restrict__", ""))
         if tokens is None:
             raise EmulationError(f"parameter of {kernel}: {part.strip()}")
-        parameters.append(Parameter(tokens[1].replace(" *", "*").strip(), tokens[2]))
+        parameters.append(Parameter(tokens[1].replace(" *", "*").strip(), tokens[2], "__restrict__" in part))
     return parameters
 
 
@@ -115,7 +121,8 @@ class _Buffer(ctypes.Structure):
     _fields_ = [
         ("begin", ctypes.c_uint64),
         ("end", ctypes.c_uint64),
-        ("writable", ctypes.c_uint64),
+        ("writable", ctypes.c_uint32),
+        ("read_only", ctypes.c_uint32),
         ("name", ctypes.c_char * 40),
     ]
 
@@ -144,8 +151,9 @@ class EmulatedKernel:
                 if not argument.is_contiguous():
                     raise EmulationError(f"{self.name}: {parameter.name} is not contiguous")
                 begin, end = argument.data_ptr(), argument.data_ptr() + argument.nbytes
-                name = f"{parameter.name}".encode()
-                buffers.append(_Buffer(begin, end, int(parameter.is_writable), name))
+                buffers.append(
+                    _Buffer(begin, end, parameter.is_writable, parameter.is_read_only, parameter.name.encode())
+                )
                 values.append(begin)
             elif isinstance(argument, float):
                 if parameter.type != "float":
@@ -157,6 +165,10 @@ class EmulatedKernel:
                 if parameter.type not in ("int", "u32"):
                     raise EmulationError(f"{self.name}: {parameter.name} is {parameter.type}, given {argument!r}")
                 values.append(argument & 0xFFFFFFFF)
+        for one in buffers:
+            for other in buffers:
+                if one.read_only and other.writable and one.begin < other.end and other.begin < one.end:
+                    raise EmulationError(f"{self.name}: {one.name} is read only and lies in {other.name}")
         self.emulator.run(self, (*grid, 1, 1)[:3], values, buffers)
 
 
@@ -188,7 +200,9 @@ class Emulator:
         for kernel in kernels.values():
             groups.setdefault((kernel.source, kernel.constants), set()).add(kernel.name)
         with ThreadPoolExecutor(2) as pool:
-            paths = dict(zip(groups, pool.map(lambda key: self._build(*key, groups[key]), groups), strict=True))
+            paths = dict(
+                zip(groups, pool.map(lambda key: self._build(key[0], key[1], groups[key]), groups), strict=True)
+            )
         loaded = {}
         for key, kernel in kernels.items():
             text = self.edit(kernel.source, (SOURCES / kernel.source).read_text())
@@ -266,9 +280,10 @@ def _entry(kernel: str, parameters: list[Parameter]) -> str:
     return f"VISIBLE void enter_{kernel}(const u64* v) {{ {kernel}({', '.join(given)}); }}\n"
 
 
-def use(emulator: Emulator, monkeypatch: Any, processor: Any) -> None:
-    """`DecoderKernels` on CPU tensors, cut for `processor`, run on the emulator."""
-    from omnifp4.kernels.cuda import decoder
+def use(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, processor: Processor) -> None:
+    """`DecoderKernels` and its neighbours on CPU tensors, cut for `processor`, run on the emulator."""
+    from omnifp4.kernels.cuda import decoder, prompt, sampling
 
-    monkeypatch.setattr(decoder, "load_kernels", emulator.load_kernels)
-    monkeypatch.setattr(decoder.Processor, "of", classmethod(lambda *_: processor))
+    for module in (decoder, prompt, sampling):
+        monkeypatch.setattr(module, "load_kernels", emulator.load_kernels)
+    monkeypatch.setattr(Processor, "of", classmethod(lambda *_: processor))

@@ -8,7 +8,8 @@ the tests on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from decode_emulator import EmulationError, Emulator, compiler, use, without_ptx
 
+from omnifp4.kernels import decode_reference as reference
 from omnifp4.kernels.cuda.decoder_plan import Processor, Tuning
 from omnifp4.kernels.cuda.launching import wanted
+from omnifp4.kernels.cuda.prompt import PromptKernels
+from omnifp4.kernels.cuda.sampling import SamplingKernels
 from omnifp4.kernels.cuda.shapes import PAGE, DecoderShape
 from omnifp4.kernels.decode_check import (
     EPS,
@@ -29,7 +33,10 @@ from omnifp4.kernels.decode_check import (
     wrong_parts,
 )
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++, or what CXX names)")
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++, or what CXX names) on Linux"),
+    pytest.mark.xdist_group("decode_emulated"),  # sources are compiled once
+]
 
 CPU = torch.device("cpu")
 SMALL = DecoderShape(hidden=256, heads=4, kv_heads=2, head_dim=64, experts=8, top_k=2, inner=128)
@@ -154,7 +161,7 @@ def test_idle_rows_change_nothing(emulator: Emulator, rows: int) -> None:
     start = torch.randn_like(step.residual)
     cache = [one.clone() for one in layer.cache]
 
-    def run() -> torch.Tensor:
+    def run() -> Any:
         for held, now in zip(cache, layer.cache, strict=True):
             now.copy_(held)
         emulator.forget()
@@ -208,12 +215,8 @@ def test_the_first_kernels_of_a_step(emulator: Emulator) -> None:
         assert torch.isfinite(step.heads[there]).all()
 
 
-def test_heads_of_a_prompt_are_placed(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_of_a_prompt_are_placed(emulator: Emulator) -> None:
     """Many tokens at once leave in the cache what one at a time leaves."""
-    from omnifp4.kernels import decode_reference as reference
-    from omnifp4.kernels.cuda import prompt
-
-    monkeypatch.setattr(prompt, "load_kernels", emulator.load_kernels)
     torch.manual_seed(1)
     count, shape = PAGE + 3, ODD
     qkv = torch.randn(count, shape.qkv).bfloat16()
@@ -223,7 +226,7 @@ def test_heads_of_a_prompt_are_placed(emulator: Emulator, monkeypatch: pytest.Mo
     table = torch.tensor([2, 0], dtype=torch.int32)
     cache = tuple(torch.zeros(3, shape.kv_heads, PAGE, shape.head_dim).bfloat16() for _ in range(2))
     given = qkv.clone()
-    prompt.PromptKernels(shape, CPU).place_heads(qkv, norms, EPS, rotary, table, cache)
+    PromptKernels(shape, CPU).place_heads(qkv, norms, EPS, rotary, table, cache)
     empty = tuple(torch.zeros_like(one) for one in cache)
     for token in (0, 5, PAGE - 1, PAGE, count - 1):
         at = tuple(one[token : token + 1] for one in rotary)
@@ -231,6 +234,57 @@ def test_heads_of_a_prompt_are_placed(emulator: Emulator, monkeypatch: pytest.Mo
         page, place = int(table[token // PAGE]), token % PAGE
         assert torch.equal(cache[0][page, :, place], key.bfloat16())
         assert torch.equal(cache[1][page, :, place], value.bfloat16())
+
+
+VOCABULARY = 1000
+
+
+def slots_of(count: int, **settings: float) -> SimpleNamespace:
+    """State of slots as `SamplingKernels` reads it, all with the same settings."""
+    numbers = {name: torch.zeros(count, dtype=torch.int32) for name in ("tokens", "lengths", "made")}
+    return SimpleNamespace(
+        **numbers,
+        temperatures=torch.full((count,), settings.get("temperature", 1.0)),
+        top_ks=torch.full((count,), int(settings.get("top_k", 0)), dtype=torch.int32),
+        top_ps=torch.full((count,), settings.get("top_p", 1.0)),
+        seeds=torch.arange(count),
+        seen=torch.zeros(count, VOCABULARY, dtype=torch.uint8),
+    )
+
+
+def test_the_greatest_logit_is_taken(emulator: Emulator) -> None:
+    kernels = SamplingKernels(VOCABULARY, CPU)
+    torch.manual_seed(0)
+    logits = torch.randn(5, VOCABULARY).bfloat16()
+    logits[0, 7], logits[0, 900] = 9.0, 9.0  # of equal ones the first
+    logits[1] = -logits[1].abs()
+    logits[3, 500] = float("nan")
+    rows, recent = torch.tensor([2, 0, -1, 1, 4], dtype=torch.int32), torch.full((5,), -5, dtype=torch.int32)
+    state = slots_of(5)
+    kernels.next_tokens(logits, rows, state, recent, "greatest", False)
+    most = logits.float().argmax(-1).tolist()
+    assert recent.tolist() == [7, most[1], -5, -1, most[4]]
+    assert state.tokens[[2, 0, 4]].tolist() == [7, most[1], most[4]]
+    assert state.made.tolist() == state.lengths.tolist() == [1, 1, 1, 0, 1]
+    assert state.seen.sum() == 4 and state.seen[2, 7] == 1
+
+
+@pytest.mark.parametrize("draw", ["top", "all"])
+def test_tokens_are_drawn(emulator: Emulator, draw: str) -> None:
+    """From the allowed ones alone, about as often as they should, and whatever row a slot has."""
+    kernels = SamplingKernels(VOCABULARY, CPU)
+    count = 60
+    logits = torch.full((count, VOCABULARY), -20.0).bfloat16()
+    logits[:, 30], logits[:, 20], logits[:, 10] = 3.0, 3.0 - 0.6875, -1.0  # two of three, one of three, and little
+    rows, recent = torch.arange(count, dtype=torch.int32), torch.zeros(count, dtype=torch.int32)
+    for settings, allowed in (({"temperature": 0.0}, {30}), ({"top_k": 1}, {30}), ({"top_p": 0.9}, {20, 30})):
+        kernels.next_tokens(logits, rows, slots_of(count, **settings), recent, draw, False)
+        assert set(recent.tolist()) == allowed
+    assert 25 <= recent.tolist().count(30) <= 52
+    turned = torch.zeros_like(recent)
+    emulator.seed += 1
+    kernels.next_tokens(logits, rows.flip(0), slots_of(count, top_p=0.9), turned, draw, False)
+    assert torch.equal(turned.flip(0), recent)
 
 
 MISTAKES = {
@@ -266,7 +320,8 @@ def test_a_mistake_is_found(emulator: Emulator, name: str) -> None:
 
     emulator.edit = edit
     with pytest.raises(EmulationError, match=words):
-        check_layer(*reversed(layer_and_step(SMALL, 3)))
+        layer, step = layer_and_step(SMALL, 3)
+        check_layer(step, layer)
 
 
 def test_ptx_without_a_twin_is_refused() -> None:

@@ -6,7 +6,8 @@
 //  - shared memory that is read before it is written, or while an asynchronous copy to it is under way;
 //  - two threads' accesses of a byte, one of them a write, that no barrier orders (shuffles order no memory);
 //  - global memory that another block of the launch wrote, without its fence and count; writes into what another read;
-//  - reads of what the kernel ahead wrote, and any write, before the wait for it; ends without that wait;
+//  - reads of what the kernel ahead wrote, and any write, before the wait for it; ends without that wait; reads of it
+//    through the read-only path, which asks for memory that nobody writes while the kernel is there;
 //  - barriers and warp operations that not all reach, and copies that are never waited for.
 // A read through the read-only path of what the same launch writes gives NaN: it may be anything.
 
@@ -33,7 +34,7 @@ typedef uint64_t u64;
 struct Index { u32 x, y, z; };
 struct Buffer {
     u64 begin, end;
-    u64 writable;
+    u32 writable, read_only;  // read_only: the compiler may read it through the read-only path
     char name[40];
 };
 
@@ -281,6 +282,8 @@ bool read_global(const Buffer* buffer, u64 at, u32 bytes, int kind) {
         GlobalByte* byte = page->bytes + (i & 4095);
         if (is_dependent && !current->waited && byte->write_launch == launch_number - 1)
             fail("reads %s + %lu, which the kernel ahead writes, before waiting for it", buffer->name, (unsigned long)(i - buffer->begin));
+        if (is_dependent && kind == READ_ONLY && byte->write_launch == launch_number - 1)
+            fail("reads %s + %lu, which the kernel ahead writes, through the read-only path", buffer->name, (unsigned long)(i - buffer->begin));
         if (byte->write_launch == launch_number) {
             if (kind == READ_ONLY) {
                 any = true;
@@ -352,7 +355,7 @@ bool touch(const void* address, u32 bytes, bool write, int kind) {
         write_global(buffer, (u64)at, bytes, kind == ATOMIC);
         return false;
     }
-    return read_global(buffer, (u64)at, bytes, kind);
+    return read_global(buffer, (u64)at, bytes, buffer->read_only ? READ_ONLY : kind);
 }
 
 u32 schedule() {
