@@ -345,6 +345,7 @@ DEVICE void stream(const u8* weights, const u8* scales, const float* factors, co
         for (int c = 0; c < chunks; c++) load_x(xs[c], at, true, slice * chunks + c, tig);
     };
     open_entry();
+    __syncwarp();
     const u32 read_end = ring + ring_bytes + lane * 16;
     u32 read = ring + lane * 16, set = 0, first_token = slice, now = number, tile = 0;
 #if FP4
@@ -409,6 +410,7 @@ DEVICE void stream(const u8* weights, const u8* scales, const float* factors, co
             if (now < runs) {
                 entry = routes.entries[now / entry_runs];
                 if (entry.first != done.first) open_entry();
+                __syncwarp();  // lanes without a token are back before the barrier
             }
         }
         wait_for_copies<stages - 2>();  // the next tile's scales, which others read
