@@ -83,11 +83,17 @@ class Handler(BaseHTTPRequestHandler):
             number = len(behaviour.bodies)
             behaviour.at_once += 1
             behaviour.most_at_once = max(behaviour.most_at_once, behaviour.at_once)
+        self.is_counted = True
         try:
             self._answer(behaviour, body, number)
         finally:
-            with behaviour.lock:
-                behaviour.at_once -= 1
+            self._leave(behaviour)
+
+    def _leave(self, behaviour: Behaviour) -> None:
+        """No longer at work; said before the last bytes, since the client may ask again as soon as it has them."""
+        with behaviour.lock:
+            behaviour.at_once -= self.is_counted
+            self.is_counted = False
 
     def _answer(self, behaviour: Behaviour, body: dict[str, Any], number: int) -> None:
         if behaviour.mode == "status-500" or (behaviour.fail_every and number % behaviour.fail_every == 0):
@@ -130,6 +136,7 @@ class Handler(BaseHTTPRequestHandler):
             details = {"completion_tokens_details": {"audio_tokens": frames}} if behaviour.sound == "pcm" else {}
             made = count + (frames if details else 0)
             self._event({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": made, **details}})
+        self._leave(behaviour)
         self.wfile.write(b": a comment\n\ndata: [DONE]\n\n")
 
     def _sound(self, behaviour: Behaviour) -> None:

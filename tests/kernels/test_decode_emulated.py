@@ -295,7 +295,7 @@ MISTAKES = {
         "deadlock, of 512 threads 480 wait at barrier 0, 32 wait at barrier 1",
     ),
     "copies not waited for": ("experts.cu", "wait_for_copies<stages - 2>();", "", "a copy to it is under way"),
-    "a team without its barrier": ("experts.cu", "team_barrier<slices * WARP>(team);", "", "race|nobody wrote"),
+    "a team without its barrier": ("experts.cu", "team_barrier<slices * WARP>(team);", "", "race|nobody wrote|copy to it is under way"),
     "a buffer's end": ("norm.cu", "(token * TOPK + s) * HIDDEN", "(token * TOPK + s + 1) * HIDDEN", "outside of all buffers"),
     "an odd address": ("norm.cu", "load(weight + group * 8)", "load(weight + group * 8 + 4)", "not a multiple|outside"),
     "a read before the wait": (
