@@ -4,10 +4,11 @@ Five artifacts are made of the same checkpoint: the default recipe with each sca
 and thinker with talker (nvfp4-thinker-talker). Each is proven and evaluated on the same samples; the default one gets
 its sensitivity map too. Receipts, page, reports and pictures are made of these runs alone.
 
-    python benchmarks/recipe_costs.py [--model FOLDER] [--data FILE] [--samples N] [--folder DIR] [--docs docs]
+    python benchmarks/recipe_costs.py [--calibrated] [--model FOLDER] [--data FILE] [--samples N] [--folder DIR] [--docs docs]
 
-Writes DIR/*.json, DIR/report.html (the default recipe) and DIR/recipes.html (all five), and with --docs the page
-costs.md and its pictures in images/. Exit status 1 if the default recipe loses more than a point in a task. What was
+With --calibrated the recipes that look at inputs are set beside the default one instead, calibrated on the bundled
+calibration set, which shares no sample with the evaluation's. Writes DIR/*.json, DIR/report.html (the default recipe) and DIR/recipes.html (all five), and with --docs the page
+costs.md (costs-calibrated.md) and its pictures in images/. Exit status 1 if the default recipe loses more than a point in a task. What was
 run before is taken from DIR/cache; on two cores without a GPU it takes some minutes.
 """
 
@@ -41,11 +42,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "thinker-talker": {"recipe": "nvfp4-thinker-talker"},
 }
 """Arguments of quantize by folder name, which is what reports call it."""
+CALIBRATED: dict[str, dict[str, Any]] = {DEFAULT: {}} | {
+    name: {"recipe": f"nvfp4-{name}", "data": "bundled"}
+    for name in ("importance", "local-hessian", "gptq", "awq-lite", "awq-full", "svdquant", "signround")
+}
+"""The recipes that look at inputs, beside the default one."""
 MAP_SAMPLES = 4
 """Of each task, for the map: it runs the model some forty times."""
 MOST_LOST = 0.01
 """Share of right answers that the default recipe may lose in any task."""
 PICTURES = {"quality.svg": "costs-divergence.svg", "quality-2.svg": "costs-answers.svg"}
+CALIBRATED_PICTURES = {"quality.svg": "calibrated-divergence.svg", "quality-2.svg": "calibrated-answers.svg"}
 MAP_PICTURES = {"sensitivity.svg": "sensitivity.svg", "sensitivity-2.svg": "sensitivity-layers.svg"}
 
 
@@ -101,19 +108,26 @@ def _points(task: TaskResult) -> str:
     return f"{100 * task.difference.value:+.1f} ({task.lost}/{task.gained})" if task.lost or task.gained else "0"
 
 
-def page(found: dict[str, Way], command: str) -> str:
+def page(found: dict[str, Way], command: str, *, calibrated: bool = False) -> str:
     """The whole page in Markdown."""
     cost = found[DEFAULT].cost
     machine = f"{os.cpu_count()} cores ({platform.machine()}), {cost.device}, torch {metadata.version('torch')}"
+    columns = (
+        "the default recipe (sweep), which needs no data, and the recipes that look at inputs, calibrated on the bundled "
+        "calibration set, which shares no sample with these"
+        if calibrated
+        else "the default recipe with each scale rule (sweep is the default), `nvfp4-mlp`, and `nvfp4-thinker-talker`"
+    )
+    pictures = CALIBRATED_PICTURES if calibrated else PICTURES
     lines = [
-        "# What NVFP4 costs",
+        "# What calibrated recipes cost" if calibrated else "# What NVFP4 costs",
         "",
         f"Written by `{command}` on {cost.environment.made_at[:10]}; {machine}, transformers "
         f"{metadata.version('transformers')}, omnifp4 {cost.environment.omnifp4}. {cost.samples} samples "
         f"({Path(cost.data).name}, SHA-256 {cost.data_sha256[:12]}), {cost.dtype}.",
         "",
-        "Each column is one artifact of the bundled tiny model: the default recipe with each scale rule (sweep is the "
-        "default), `nvfp4-mlp`, and `nvfp4-thinker-talker`. KL is the mean divergence of next-token distributions from BF16 "
+        f"Each column is one artifact of the bundled tiny model: {columns}. KL is the mean divergence of next-token "
+        "distributions from BF16 "
         "in nats, by what is in the input; its floor is BF16 against itself with another order of rounding. Tasks: the share "
         "answered exactly by BF16, then the change in points (samples lost/gained); 0 is no sample changed. The picture has "
         "the 95 % intervals. Speech codes: share of the codes of BF16's speech that are the same, each side running on by "
@@ -123,17 +137,20 @@ def page(found: dict[str, Way], command: str) -> str:
         "",
         verdict(found),
         "",
-        "![KL divergence by modality](images/costs-divergence.svg)",
+        f"![KL divergence by modality](images/{pictures['quality.svg']})",
         "",
-        "![Right answers against BF16](images/costs-answers.svg)",
-        "",
-        "Where in the model the default recipe does harm, each component and each layer in FP4 alone:",
-        "",
-        "![KL divergence of each component alone](images/sensitivity.svg)",
-        "",
-        "![KL divergence of each layer alone](images/sensitivity-layers.svg)",
+        f"![Right answers against BF16](images/{pictures['quality-2.svg']})",
         "",
     ]
+    if not calibrated:
+        lines += [
+            "Where in the model the default recipe does harm, each component and each layer in FP4 alone:",
+            "",
+            "![KL divergence of each component alone](images/sensitivity.svg)",
+            "",
+            "![KL divergence of each layer alone](images/sensitivity-layers.svg)",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -153,10 +170,12 @@ def told(title: str) -> Callable[[int, int, str], None]:
     return show
 
 
-def run(source: Path, folder: Path, data: str, samples: int | None) -> tuple[dict[str, Way], list[Record]]:
+def run(
+    source: Path, folder: Path, data: str, samples: int | None, ways: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Way], list[Record]]:
     """Everything that is measured; the second part is the rest of the default recipe's report."""
     found: dict[str, Way] = {}
-    for name, options in WAYS.items():
+    for name, options in ways.items():
         artifact = folder / name
         if not artifact.exists():
             omnifp4.quantize(source, artifact, **options)
@@ -168,6 +187,9 @@ def run(source: Path, folder: Path, data: str, samples: int | None) -> tuple[dic
         made = QuantizationReceipt.model_validate_json((artifact / "omnifp4.json").read_text("utf-8"))
         found[name] = Way(made, omnifp4.verify(artifact, against=source), cost)
         (folder / f"{name}.json").write_text(cost.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    rest: list[Record] = [omnifp4.plan(source), found[DEFAULT].proof, found[DEFAULT].cost]
+    if ways is CALIBRATED:
+        return found, rest
     # In float32: the noise of BF16 rounding is above what most layers cost alone.
     places = omnifp4.sensitivity(
         folder / DEFAULT, against=source, data=data, samples=MAP_SAMPLES, experts=True, dtype="float32",
@@ -175,11 +197,12 @@ def run(source: Path, folder: Path, data: str, samples: int | None) -> tuple[dic
     )  # fmt: skip
     sys.stderr.write("\n")
     (folder / "sensitivity.json").write_text(places.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return found, [omnifp4.plan(source), found[DEFAULT].proof, found[DEFAULT].cost, places]
+    return found, [*rest, places]
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--calibrated", action="store_true", help="compare the recipes that look at inputs")
     arguments.add_argument("--model", type=Path, help="a wide checkpoint; the bundled tiny model if not given")
     arguments.add_argument("--data", default="bundled", help="JSONL of samples")
     arguments.add_argument("--samples", type=int, help="only so many of each task")
@@ -191,7 +214,7 @@ def main() -> None:
     source: Path = chosen.model or folder / "tiny-omni"
     if not source.exists():
         write_tiny_omni(source)
-    found, rest = run(source, folder, chosen.data, chosen.samples)
+    found, rest = run(source, folder, chosen.data, chosen.samples, CALIBRATED if chosen.calibrated else WAYS)
     if len({way.cost.data_sha256 for way in found.values()}) > 1:
         sys.exit(f"{chosen.data}: changed while it was used; run again")
     for name, way in found.items():
@@ -201,14 +224,17 @@ def main() -> None:
     costs = [way.cost for way in found.values()]
     omnifp4.write_report(costs, folder / "recipes.html", pictures=folder / "recipes")
     command = " ".join(["python", "benchmarks/recipe_costs.py", *sys.argv[1:]])
-    text = page(found, command)
+    text = page(found, command, calibrated=chosen.calibrated)
     if chosen.docs:
         images = chosen.docs / "images"
         images.mkdir(parents=True, exist_ok=True)
-        for pictures, names in ((folder / "recipes", PICTURES), (folder / "pictures", MAP_PICTURES)):
+        drawn = [(folder / "recipes", CALIBRATED_PICTURES if chosen.calibrated else PICTURES)]
+        if not chosen.calibrated:
+            drawn.append((folder / "pictures", MAP_PICTURES))
+        for pictures, names in drawn:
             for before, after in names.items():
                 (images / after).write_text((pictures / before).read_text("utf-8"), encoding="utf-8")
-        (chosen.docs / "costs.md").write_text(text, encoding="utf-8")
+        (chosen.docs / ("costs-calibrated.md" if chosen.calibrated else "costs.md")).write_text(text, encoding="utf-8")
     print(text)
     print(f"{folder / 'report.html'}\n{folder / 'recipes.html'}")
     if found[DEFAULT].cost.verdict is not Verdict.PASS:
