@@ -15,6 +15,7 @@ from verify_artifacts import Artifact, load_folder
 from omnifp4.receipt.base import Verdict
 from omnifp4.receipt.verification import Check, VerificationReceipt
 from omnifp4.verification import verify
+from omnifp4.verification.values import SourceNames
 from small_checkpoints import MIXED_COMPONENTS
 
 Judge = Callable[..., VerificationReceipt]
@@ -240,3 +241,23 @@ def test_what_engines_do_not_read_is_a_note(mixed_artifacts: dict[str, Path]) ->
     assert "FP8 experts" in checks["ignore.engines"].summary
     others = {check.name: check for check in verify(mixed_artifacts["compressed-tensors"]).checks}
     assert "reads none" not in others["ignore.engines"].summary
+
+
+@BOTH
+def test_what_has_no_original_is_not_called_checked(
+    mixed_artifacts: dict[str, Path], tiny_omni: Path, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One linear that cannot be joined leaves the others compared, and the check undecided."""
+    find = SourceNames.find
+    seen: list[str] = []
+
+    def without_the_first(self: SourceNames, name: str) -> Any:
+        seen.append(name)
+        return None if name == seen[0] else find(self, name)
+
+    monkeypatch.setattr(
+        "omnifp4.verification.coded.SourceNames", type("Lacking", (SourceNames,), {"find": without_the_first})
+    )
+    check = {check.name: check for check in verify(mixed_artifacts[dialect], against=tiny_omni).checks}["values.coded"]
+    assert check.verdict is Verdict.NOT_CHECKED
+    assert "1 FP8, MXFP4 and INT8 linears could not be joined" in check.model_dump_json()

@@ -20,21 +20,19 @@ from omnifp4.formats.nvfp4 import E2M1_MAX, E4M3_MAX, ScaleRule
 from omnifp4.formats.scheme import Scheme
 from omnifp4.formats.widening import widen
 from omnifp4.models.source import Source, SourceTensor
-from omnifp4.receipt.verification import TensorError
 from omnifp4.verification.findings import Findings
 from omnifp4.verification.panels import original_panels
 from omnifp4.verification.reading import PANEL_BYTES, Buffers, Meter, batches, in_threads
 from omnifp4.verification.scales import LARGEST_WEIGHT
 from omnifp4.verification.subject import RECEIPT_NAME, Subject
 from omnifp4.verification.values import (
-    MOST_WORST,
     NOTED,
     RECEIPT_TOLERANCE,
     REFUSED,
     SAMPLE_ROWS,
     SourceNames,
     ValueResult,
-    finite,
+    conclude,
 )
 
 AGAIN: Final = "quantize again: omnifp4 quantize MODEL OUT (repair mends NVFP4 alone)"
@@ -161,28 +159,10 @@ def check_coded_values(
     _judge(found, subject, results, exact=rule is not None)
     energy = math.fsum(result.energy for result in results)
     squared_error = math.fsum(result.squared_error for result in results)
-    worst = sorted(results, key=lambda result: -result.error)[:MOST_WORST]
     found.passed = f"{len(results):,} linears, relative squared error {squared_error / max(energy, 1e-300):.3g}" + (
         ", every scale and code as the reference derives it" if rule is not None else ""
     )
-    if len(pairs) < len(subject.coded):
-        found.notes.append(
-            f"{len(subject.coded) - len(pairs):,} could not be joined to an original and were not compared"
-        )
-    return ValueResult(
-        found,
-        squared_error / energy if energy and math.isfinite(squared_error) else None,
-        tuple(
-            TensorError(
-                name=f"{result.module}.weight",
-                relative_squared_error=finite(result.error),
-                max_abs_error=finite(result.max_abs_error),
-            )
-            for result in worst
-        ),
-        squared_error,
-        energy,
-    )
+    return conclude(found, results, len(subject.coded) - len(pairs), "FP8, MXFP4 and INT8 linears")
 
 
 def _stated_rule(subject: Subject) -> ScaleRule | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -131,15 +131,45 @@ def check_values(
     energy = math.fsum(result.energy for result in results)
     squared_error = math.fsum(result.squared_error for result in results)
     error = squared_error / energy if energy else 0.0
-    worst = sorted(results, key=lambda result: -result.error)[:MOST_WORST]
     found.passed = (
         f"{len(results):,} linears, relative squared error {error:.3g} "
-        f"(max scaling gives {EXPECTED_RELATIVE_ERROR[ScaleRule.MAX]:.3g}, the worst here is {worst[0].error:.3g})"
+        f"(max scaling gives {EXPECTED_RELATIVE_ERROR[ScaleRule.MAX]:.3g}, the worst here is {max(result.error for result in results):.3g})"
     )
+    return conclude(found, results, left_out, "FP4 linears")
+
+
+class Measured(Protocol):
+    """One linear beside its original."""
+
+    @property
+    def module(self) -> str: ...
+    @property
+    def squared_error(self) -> float: ...
+    @property
+    def energy(self) -> float: ...
+    @property
+    def max_abs_error(self) -> float: ...
+    @property
+    def error(self) -> float: ...
+
+
+def conclude(found: Findings, results: Sequence[Measured], left_out: int, kind: str) -> ValueResult:
+    """Sums over linears. Those that could not be compared turn a pass into "not checked".
+
+    Args:
+        found: with what it says if it passes.
+        results: of the linears that were compared.
+        left_out: how many others there are.
+        kind: what they are called.
+    """
     if left_out:
-        found.notes.append(f"{left_out:,} FP4 linears could not be joined to an original and were not compared")
+        found.notes.append(f"{left_out:,} {kind} could not be joined to an original and were not compared")
         if not found.count:
             found.unchecked = found.passed
+    energy = math.fsum(result.energy for result in results)
+    squared_error = math.fsum(result.squared_error for result in results)
+    error = squared_error / energy if energy else 0.0
+    worst = sorted(results, key=lambda result: -result.error)[:MOST_WORST]
     return ValueResult(
         found,
         error if math.isfinite(error) else None,
