@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from omnifp4.decoding.engine import DecodingError
 from omnifp4.kernels.cuda.decoder import CODE_FACTOR, Matrix
+from omnifp4.kernels.cuda.decoder_plan import DecoderPlan, Processor
 from omnifp4.kernels.cuda.shapes import DecoderShape
 from omnifp4.runtime.coded import why_not_coded
 from omnifp4.runtime.packed import NVFP4Linear, PackedExperts, PackedModule
@@ -139,6 +140,22 @@ def why_not(model: Any) -> str:
         return "its layers differ in what is FP4"
     if not isinstance(first.mlp.experts, PackedExperts) and not hasattr(first.mlp.experts, "gate_up_proj"):
         return f"its experts are {type(first.mlp.experts).__name__}, which the kernels cannot read"
+    return ""
+
+
+def why_not_cut(model: Any, processor: Processor, most_rows: int) -> str:
+    """Why a kind of GPU cannot hold what the kernels need at once; empty if it can. For a model that `why_not` allows."""
+    first = thinker_of(model).get_decoder().layers[0]
+    fp4 = {
+        "qkv": isinstance(first.self_attn.q_proj, NVFP4Linear),
+        "o": isinstance(first.self_attn.o_proj, NVFP4Linear),
+        "experts": isinstance(first.mlp.experts, PackedExperts),
+    }
+    try:
+        for rows in {1, most_rows}:
+            DecoderPlan(shape_of(model), rows, fp4, processor)
+    except ValueError as error:
+        return str(error)
     return ""
 
 

@@ -23,6 +23,7 @@ from omnifp4.decoding.prefill import Prefill, decoder_inputs
 from omnifp4.decoding.sampling import damaged
 from omnifp4.decoding.step_graph import ROW_COUNTS, DecodeStep, Draw, SlotState, StepBuffers
 from omnifp4.kernels.cuda.compiler import LEAST_CAPABILITY, why_not_here
+from omnifp4.kernels.cuda.decoder_plan import Processor
 from omnifp4.kernels.cuda.sampling import TOP_CANDIDATES
 from omnifp4.kernels.cuda.shapes import MOST_ROWS, PAGE
 
@@ -60,7 +61,7 @@ def why_not(model: Any, *, most_sequences: int = 1, context_tokens: int | None =
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed, and prompts need it"
-    return decoder_weights.why_not(model)
+    return decoder_weights.why_not(model) or decoder_weights.why_not_cut(model, Processor.of(device), most_sequences)
 
 
 @dataclass

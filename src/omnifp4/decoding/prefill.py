@@ -20,6 +20,7 @@ from omnifp4.decoding.paged_cache import PagedCache
 from omnifp4.kernels.cuda.decoder import CODE_FACTOR, Matrix
 from omnifp4.kernels.cuda.prompt import PromptKernels
 from omnifp4.runtime.packed import PackedExperts
+from omnifp4.runtime.positions import rotary_positions
 
 if TYPE_CHECKING:
     from omnifp4.chat.inputs import ModelInputs
@@ -58,16 +59,7 @@ def decoder_inputs(model: Any, inputs: ModelInputs) -> DecoderInputs:
     if set(tensors) <= TEXT_ONLY:
         positions = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1).expand(3, 1, -1)
         return DecoderInputs(thinker.get_input_embeddings()(ids)[0], positions, 0, None, ())
-    audio_mask = tensors.get("feature_attention_mask")
-    positions, shift = thinker.get_rope_index(
-        ids,
-        image_grid_thw=tensors.get("image_grid_thw"),
-        video_grid_thw=tensors.get("video_grid_thw"),
-        attention_mask=tensors["attention_mask"],
-        use_audio_in_video=inputs.sound_in_video,
-        audio_seqlens=None if audio_mask is None else audio_mask.sum(-1),
-        second_per_grids=tensors.get("video_second_per_grid"),
-    )
+    positions, shift = rotary_positions(thinker, tensors, sound_in_video=inputs.sound_in_video)
     positions = positions.to(ids.device)
     text = thinker.get_decoder()
     taken: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from omnifp4.errors import OmniFP4Error
+from omnifp4.runtime.positions import rotary_positions
 
 
 class Inputs(Protocol):
@@ -43,16 +44,7 @@ def thinker_arguments(thinker: Any, inputs: Inputs, device: torch.device) -> dic
     text_positions = torch.arange(ids.shape[1], device=device).view(1, -1)
     if not hasattr(thinker, "get_rope_index"):
         return {**tensors, "position_ids": text_positions, "use_cache": False}
-    audio_mask = tensors.get("feature_attention_mask")
-    positions, _ = thinker.get_rope_index(
-        ids,
-        image_grid_thw=tensors.get("image_grid_thw"),
-        video_grid_thw=tensors.get("video_grid_thw"),
-        attention_mask=tensors["attention_mask"],
-        use_audio_in_video=inputs.sound_in_video,
-        audio_seqlens=None if audio_mask is None else audio_mask.sum(-1),
-        second_per_grids=tensors.get("video_second_per_grid"),
-    )
+    positions, _ = rotary_positions(thinker, tensors, sound_in_video=inputs.sound_in_video)
     return {
         **tensors,
         "position_ids": torch.cat([text_positions[None], positions.to(device)]),
