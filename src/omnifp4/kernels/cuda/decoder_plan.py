@@ -46,7 +46,7 @@ class Tuning:
     gate_up_teams: int = 1
     gate_up_run: int = 2
     down_blocks: int = 4
-    down_stages: int = 4
+    down_stages: int = 3
     down_teams: int = 1
     down_run: int = 2
     attention_warps: int = 8

@@ -242,26 +242,51 @@ struct Routes {
 };
 
 // Every block reads the list whole: one wait for memory instead of one for each thing that depends on another.
+// All loads are asked for before the first is stored.
+template <int threads>
 DEVICE void load_routes(Routes& to, const int* counts, const Active* active, int most_entries, const int* slots, int most_slots) {
-    for (int i = threadIdx.x; i < most_entries; i += blockDim.x) to.entries[i] = load_active(active, i);
-    for (int i = threadIdx.x; i < most_slots; i += blockDim.x) to.slots[i] = __ldcg(slots + i);
-    if (threadIdx.x == 0) to.count = __ldcg(counts);
+    constexpr int entry_turns = (MOST_ENTRIES + threads - 1) / threads, slot_turns = (MOST_SLOTS + threads - 1) / threads;
+    Active entries[entry_turns];
+    int own_slots[slot_turns];
+    const int count = __ldcg(counts);
+#pragma unroll
+    for (int n = 0; n < slot_turns; n++) {
+        const int i = n * threads + threadIdx.x;
+        own_slots[n] = i < most_slots ? __ldcg(slots + i) : 0;
+    }
+#pragma unroll
+    for (int n = 0; n < entry_turns; n++) {
+        const int i = n * threads + threadIdx.x;
+        if (i < most_entries) entries[n] = load_active(active, i);
+    }
+#pragma unroll
+    for (int n = 0; n < slot_turns; n++) {
+        const int i = n * threads + threadIdx.x;
+        if (i < most_slots) to.slots[i] = own_slots[n];
+    }
+#pragma unroll
+    for (int n = 0; n < entry_turns; n++) {
+        const int i = n * threads + threadIdx.x;
+        if (i < most_entries) to.entries[i] = entries[n];
+    }
+    if (threadIdx.x == 0) to.count = count;
     __syncthreads();
 }
 
 // Streams this team's tiles.
 //
 // K = slices * chunks * 128 columns; chunks is 1 or 2. teams of `slices` warps in a block. stages under way or in use.
-// units: stages of an entry, a multiple of 2 run. run: tiles that a team takes at a time. step: rows from a unit to the next. second: rows from row g to row g + 8 of
-// the matrix instruction; 8, or a tile has 16 rows in two places. early: the weights may be read before the kernel ahead
-// of this one is complete.
+// units: stages of an entry, a multiple of 2 run. run: tiles that a team takes at a time. step: rows from a unit to the
+// next. second: rows from row g to row g + 8 of the matrix instruction; 8, or a tile has 16 rows in two places. early:
+// the weights may be read before the kernel ahead of this one is complete.
 // first_row(expert): of the weights. x_row(entry, column): where the activations of a column begin.
 // target(entry, token): where the token's results go. finish(target, unit, row, sum): a warp has a token's 32 rows.
 template <int K, int slices, int chunks, int teams, int stages, int run, int units, int step, int second, bool early,
           typename FirstRow, typename XRow, typename Target, typename Finish>
 DEVICE void stream(const u8* weights, const u8* scales, const float* factors, const Routes& routes, const u16* x,
                    FirstRow first_row, XRow x_row, Target target, Finish finish) {
-    extern __shared__ uint4 shared[];
+    // Copies to places that do not begin a line of 128 bytes cost a seventh of the bandwidth.
+    extern __shared__ __align__(128) uint4 shared[];
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x & 31, g = lane >> 2, tig = lane & 3;
     const u32 team = warp / slices, slice = warp % slices, thread = slice * WARP + lane;
     constexpr u32 entry_runs = units / 2 / run;
@@ -276,11 +301,17 @@ DEVICE void stream(const u8* weights, const u8* scales, const float* factors, co
     float* const sums = (float*)((u8*)shared + teams * slices * ring_bytes + teams * TEAM_SCALES(K, stages)) + team * TEAM_SUMS(slices);
 
     // What is copied next: stage `unit` of run `next`. A row's slice takes the 16 bytes of so many lanes.
+    // A request fills shared memory lane after lane: places out of order cost a tenth of the bandwidth. Instead, lanes
+    // of odd rows fetch the other 64 bytes of their 128, so that two rows are read back from different banks.
     constexpr u32 row_lanes = PIECES(chunks) * 4, row_count = WARP / row_lanes;
+    constexpr bool crossed = row_lanes >= 8;
     u32 next = number, unit = 0;
-    const u32 piece = lane % row_lanes;
-    weights += (i64)(lane / row_lanes) * ROW_BYTES(K) + slice * (row_lanes * 16) + piece * 16;
-    u32 to = ring + piece / 4 * 512 + lane / row_lanes * 64 + piece % 4 * 16;
+    const u32 first_lane_row = lane / row_lanes;
+    const u32 piece = lane % row_lanes ^ (crossed ? first_lane_row % 2 * 4 : 0);
+    weights += (i64)first_lane_row * ROW_BYTES(K) + slice * (row_lanes * 16) + piece * 16;
+    // Where one request is one row, every second request is of an odd row.
+    const int other_half = crossed && row_count == 1 ? (piece & 4 ? -64 : 64) : 0;
+    u32 to = ring + lane * 16;
     const u32 to_end = to + ring_bytes;
     const u8* from;
 #if FP4
@@ -307,7 +338,7 @@ DEVICE void stream(const u8* weights, const u8* scales, const float* factors, co
 #pragma unroll
             for (u32 i = 0; i < STAGE_ROWS / row_count; i++) {
                 const u32 row = i * row_count, r = row / 8;
-                copy16(to + r * (PIECES(chunks) * 512) + row % 8 * 64, from + (row % 8 + (i64)r * second) * ROW_BYTES(K));
+                copy16(to + i * 512, from + (row % 8 + (i64)r * second) * ROW_BYTES(K) + (i % 2 ? other_half : 0));
             }
             to = to + STAGE_BYTES(chunks) == to_end ? to_end - ring_bytes : to + STAGE_BYTES(chunks);
             from += step * ROW_BYTES(K);
@@ -346,8 +377,11 @@ DEVICE void stream(const u8* weights, const u8* scales, const float* factors, co
     };
     open_entry();
     __syncwarp();
-    const u32 read_end = ring + ring_bytes + lane * 16;
-    u32 read = ring + lane * 16, set = 0, first_token = slice, now = number, tile = 0;
+    // Of row g: the even pieces of 64 bytes, and from there the odd ones.
+    const u32 lane_reads = g * (row_lanes * 16) + tig * 16 + (crossed ? g % 2 * 64 : 0);
+    const u32 odd_piece = crossed && g % 2 ? -64 : 64;
+    const u32 read_end = ring + ring_bytes + lane_reads;
+    u32 read = ring + lane_reads, set = 0, first_token = slice, now = number, tile = 0;
 #if FP4
     u32 scale_set = 0;
     const u32 scales_at = scale_ring + g * SCALE_STRIDE(K) + slice * (chunks * 8) + (tig >> 1) * 4;
@@ -368,7 +402,7 @@ DEVICE void stream(const u8* weights, const u8* scales, const float* factors, co
 #pragma unroll
             for (int r = 0; r < 2; r++)
 #pragma unroll
-                for (int p = 0; p < PIECES(chunks); p++) pieces[r][p] = load_shared16(read + (r * PIECES(chunks) + p) * 512);
+                for (int p = 0; p < PIECES(chunks); p++) pieces[r][p] = load_shared16(read + r * (PIECES(chunks) * 512) + p / 2 * 128 + (p % 2 ? odd_piece : 0));
 #if FP4
             u32 bytes[2][chunks];
 #pragma unroll
@@ -445,7 +479,7 @@ gate_up(const u8* __restrict__ weights,     // [experts, 2 INNER, HIDDEN]
     __shared__ Routes routes;
     wait_for_previous();
     let_next_start();
-    load_routes(routes, counts, active, most_entries, slots, most_slots);
+    load_routes<U_SLICES * U_TEAMS * WARP>(routes, counts, active, most_entries, slots, most_slots);
     stream<HIDDEN, U_SLICES, U_CHUNKS, U_TEAMS, U_STAGES, U_RUN, INNER / 8, 8, INNER, false>(
         weights, scales, factors, routes, x, [](int expert) { return (i64)expert * (2 * INNER); },
         [&](const Active& entry, u32 column) { return (u32)routes.slots[entry.first + column] / TOPK * HIDDEN; },
@@ -465,7 +499,7 @@ down(const u8* __restrict__ weights,     // [experts, HIDDEN, INNER]
      u16* out) {                         // [tokens * TOPK, HIDDEN] by slot, natural
     // The router was two kernels ago: its list is complete.
     __shared__ Routes routes;
-    load_routes(routes, counts, active, most_entries, slots, most_slots);
+    load_routes<D_SLICES * D_TEAMS * WARP>(routes, counts, active, most_entries, slots, most_slots);
     stream<INNER, D_SLICES, D_CHUNKS, D_TEAMS, D_STAGES, D_RUN, HIDDEN / 16, 16, 8, true>(
         weights, scales, factors, routes, x, [](int expert) { return (i64)expert * HIDDEN; },
         [](const Active& entry, u32 column) { return (u32)(entry.first + column) * INNER; },

@@ -14,8 +14,8 @@ MOST_ROWS: Final = 32
 MOST_EXPERTS: Final = 256
 RESERVED_SHARED_BYTES: Final = 1024
 """What the driver keeps of a multiprocessor's shared memory for every block."""
-ROUTES_BYTES: Final = (MOST_EXPERTS + MOST_ROWS) * 16 + MOST_ROWS * 8 * 4 + 16
-"""The router's list in shared memory, at most."""
+ROUTES_BYTES: Final = (MOST_EXPERTS + MOST_ROWS) * 16 + MOST_ROWS * 8 * 4 + 128
+"""The router's list in shared memory, at most; what follows begins at a multiple of 128 bytes."""
 SLICE_SUM_BYTES: Final = 2 * 2 * (8 * 20 + 16) * 4
 """Two sets of a warp's sums of 32 rows and eight tokens, as experts.cu lays them out."""
 
