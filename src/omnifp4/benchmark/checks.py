@@ -3,8 +3,8 @@
 The modules read prompt and new tokens in one forward, so every new token is judged under the very history that the
 engine gave it, also after the two would have parted. Equal is the rule. Where the modules would have taken another
 token, its logit may be ahead by no more than a bound, because two ways to add the same BF16 numbers round differently.
-That bound grows with what the modules differ from themselves when they read the same tokens one by one: routers that
-hesitate between two experts make that more than rounding.
+That bound grows with what the modules differ from themselves, at the same context, when they read the same tokens one by
+one: routers that hesitate between two experts make that more than rounding.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ def check_engine(
     context: int,
     seed: int,
     device: torch.device,
-    noise: float | None = None,
 ) -> Judged:
     """Checks an engine at one context, at each batch.
 
@@ -76,7 +75,6 @@ def check_engine(
         context: length of the longest prompt, in tokens.
         seed: of the prompts.
         device: of the model.
-        noise: of the modules, where it has been measured before; measuring it takes as long as a slow engine's tokens.
     """
     prompts = [
         make_prompt(model.config, ragged_length(context, number), seed=seed + number, device=device)
@@ -92,7 +90,7 @@ def check_engine(
         except EngineFull:
             raise
         except DecodingError as error:
-            return Judged(noise or 0.0, [_broken(batch, context, error)])
+            return Judged(0.0, [_broken(batch, context, error)])
         for number, (one, other) in enumerate(zip(first, second, strict=True)):
             if one != other:
                 unequal.append(
@@ -101,7 +99,7 @@ def check_engine(
             sequences.append(Continuation(prompts[number].tensors["input_ids"][0], tuple(one)))
             owners.append((batch, number))
     reference = Reference(model, sequences)
-    noise = _noise(model, reference) if noise is None else noise
+    noise = _noise(model, reference)
     judged = Judged(noise=noise)
     judged.checks += _judge_tokens(model, reference, owners, noise, context)
     judged.checks.append(

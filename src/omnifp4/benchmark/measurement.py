@@ -56,7 +56,6 @@ class _Found:
     """By context and batch: the engine's name, and what it did."""
     prefill: list[PrefillRow] = field(default_factory=list)
     speech: SpeechRow | None = None
-    noise: float | None = None
     engine: str = ""
     reason: str = ""
 
@@ -189,10 +188,7 @@ def _measure_batches(
     # The modules run one sequence after the other, so that a batch is nothing new to them.
     most = 0 if engine.name == "modules" else CHECKED_TOKENS
     checked = [batch for batch in batches if batch == batches[0] or batch * context <= most]
-    judged = check_engine(
-        model, engine, batches=checked, context=context, seed=settings.seed, device=device, noise=found.noise
-    )
-    found.noise = judged.noise
+    judged = check_engine(model, engine, batches=checked, context=context, seed=settings.seed, device=device)
     found.checks += judged.checks
     for batch, distinct in judged.distinct.items():
         found.distinct.setdefault(batch, (distinct, context))

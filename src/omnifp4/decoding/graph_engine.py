@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -122,7 +123,7 @@ class GraphEngine(Engine):
         self._launched: deque[_Launched] = deque()
         self._closed = False
         with torch.cuda.device(self._device), torch.no_grad():
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._stream = _stream_of(self._device)
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._weights = read_weights(model)
@@ -332,6 +333,12 @@ class GraphEngine(Engine):
             if row is not None:
                 # Steps under way may still write to its pages; whoever takes them next does so later in the stream.
                 self._cache.give_back(row.slot)
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for all engines of a device: cuBLAS keeps 32 MiB for every stream that it ever worked on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _bucket(rows: int) -> int:

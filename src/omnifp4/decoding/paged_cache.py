@@ -14,17 +14,19 @@ class PagedCache:
     Attributes:
         keys: BF16 ``[layers, pages, kv_heads, PAGE, head_dim]``.
         values: as `keys`.
-        tables: int32 ``[slots, pages of a slot]`` on the device; pages of a slot in order.
+        tables: int32 ``[slots, pages of a slot]`` on the device; pages of a slot in order, then the spare page.
+        spare: a page that nobody reads, for what is written behind a slot's own pages.
     """
 
     def __init__(
         self, shape: DecoderShape, layers: int, slots: int, context_tokens: int, pages: int, device: torch.device
     ) -> None:
         """Takes the memory now, so that no later step lacks it."""
-        size = (layers, pages, shape.kv_heads, PAGE, shape.head_dim)
+        self.spare = pages
+        size = (layers, pages + 1, shape.kv_heads, PAGE, shape.head_dim)
         self.keys = torch.zeros(size, dtype=torch.bfloat16, device=device)
         self.values = torch.zeros(size, dtype=torch.bfloat16, device=device)
-        self.tables = torch.zeros((slots, pages_for(context_tokens)), dtype=torch.int32, device=device)
+        self.tables = torch.full((slots, pages_for(context_tokens)), self.spare, dtype=torch.int32, device=device)
         self._free = list(range(pages))[::-1]
         self._owned: dict[int, list[int]] = {}
         self._free_slots = list(range(slots))[::-1]
@@ -48,7 +50,8 @@ class PagedCache:
         slot = self._free_slots.pop()
         pages = [self._free.pop() for _ in range(wanted)]
         self._owned[slot] = pages
-        self.tables[slot, :wanted] = torch.tensor(pages, dtype=torch.int32).to(self.tables.device, non_blocking=True)
+        table = pages + [self.spare] * (self.tables.shape[1] - wanted)
+        self.tables[slot] = torch.tensor(table, dtype=torch.int32).to(self.tables.device, non_blocking=True)
         return slot
 
     def give_back(self, slot: int) -> None:

@@ -2,13 +2,14 @@
 
 What stands before the decoder (embeddings, towers, the places of their features) is Transformers' own code: its call
 of the decoder is taken down, not re-made. The decoder's layers are run here, because the stock ones dispatch several
-hundred small operations a layer.
+hundred small operations a layer. Even so the host takes longer to launch a short prompt than the GPU to read it: short
+ones are filled up with tokens that go nowhere and run as a CUDA graph, captured for the first of about their length.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,16 @@ from omnifp4.decoding.model_lock import model_lock
 from omnifp4.decoding.paged_cache import PagedCache
 from omnifp4.kernels.cuda.decoder import CODE_FACTOR, Matrix
 from omnifp4.kernels.cuda.prompt import PromptKernels
+from omnifp4.kernels.cuda.shapes import PAGE
 from omnifp4.runtime.packed import PackedExperts
 from omnifp4.runtime.positions import rotary_positions
 
 if TYPE_CHECKING:
     from omnifp4.chat.inputs import ModelInputs
 
-TEXT_ONLY = frozenset({"input_ids", "attention_mask"})
+TEXT_ONLY: Final = frozenset({"input_ids", "attention_mask"})
+GRAPH_TOKENS: Final = (16, 32, 64, 128, 256, 512)
+"""Prompts are filled up to these lengths; above, the GPU has more to do than the host."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,31 @@ def decoder_inputs(model: Any, inputs: ModelInputs) -> DecoderInputs:
     return DecoderInputs(hidden, positions, int(shift.reshape(-1)[0]), visual, features)
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where a prompt's tokens stand: cosines and sines BF16 ``[tokens, head_dim / 2]``, and the slot's pages in order.
+
+    `filled` tells the tokens of a prompt, bool ``[tokens, 1]``, where others fill it up; they have no experts.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    table: Tensor
+    filled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph for prompts of up to so many tokens, with what it reads and writes."""
+
+    graph: Any
+    hidden: Tensor
+    places: _Places
+    last: Tensor
+    logits: Tensor
+    states: Tensor | None
+
+
 class Prefill:
     """The decoder's layers for one prompt at a time."""
 
@@ -92,6 +121,10 @@ class Prefill:
         self._weights = weights
         self._cache = cache
         self._kernels = PromptKernels(weights.shape, weights.head.device)
+        self._captured: dict[tuple[int, int | None], _Captured] = {}
+        """By tokens and kept states."""
+        self._pool: Any = None
+        self._packed = all(isinstance(layer.experts, PackedExperts) for layer in weights.layers)
 
     @torch.no_grad()
     def run(self, inputs: DecoderInputs, slot: int, states_after: int | None) -> tuple[Tensor, Tensor | None]:
@@ -105,19 +138,75 @@ class Prefill:
         Returns:
             The last position's logits BF16 ``[1, vocabulary]``, and the kept states ``[1, tokens, hidden]`` or None.
         """
+        hidden = inputs.hidden.contiguous()
+        tokens, half = len(hidden), self._weights.shape.head_dim // 2
+        cosine, sine = self._weights.rotary(hidden[None], inputs.positions)
+        places = _Places(cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous(), self._cache.tables[slot])
+        captured = self._graph_for(tokens, states_after) if inputs.visual is None else None
+        if captured is None:
+            last = torch.full((1,), tokens - 1, device=hidden.device)
+            return self._run(hidden, places, last, states_after, inputs)
+        captured.hidden[:tokens] = hidden
+        captured.places.cosine[:tokens], captured.places.sine[:tokens] = places.cosine, places.sine
+        pages = min(len(captured.places.table), len(places.table))
+        captured.places.table[:pages] = places.table[:pages]
+        assert captured.places.filled is not None
+        captured.places.filled.zero_()
+        captured.places.filled[:tokens] = True
+        captured.last.fill_(tokens - 1)
+        captured.graph.replay()
+        states = captured.states
+        return captured.logits.clone(), states[:, :tokens].clone() if states is not None else None
+
+    def _graph_for(self, tokens: int, states_after: int | None) -> _Captured | None:
+        """The graph for a prompt; None where it is too long, or its experts are the model's own modules."""
+        most = next((most for most in GRAPH_TOKENS if tokens <= most), None)
+        if most is None or not self._packed:
+            return None
+        key = (most, states_after)
+        if key not in self._captured:
+            self._captured[key] = self._capture(most, states_after)
+        return self._captured[key]
+
+    def _capture(self, tokens: int, states_after: int | None) -> _Captured:
+        weights, device = self._weights, self._weights.head.device
+        hidden = torch.zeros((tokens, weights.shape.hidden), dtype=torch.bfloat16, device=device)
+        rotary = torch.ones((2, tokens, weights.shape.head_dim // 2), dtype=torch.bfloat16, device=device)
+        # Every token stands on the spare page until a prompt comes.
+        table = torch.full((-(-tokens // PAGE),), self._cache.spare, dtype=torch.int32, device=device)
+        filled = torch.ones((tokens, 1), dtype=torch.bool, device=device)
+        places = _Places(rotary[0], rotary[1], table, filled)
+        last = torch.zeros(1, dtype=torch.long, device=device)
+        # Libraries choose kernels and take workspaces now.
+        self._run(hidden, places, last, states_after)
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            logits, states = self._run(hidden, places, last, states_after)
+        # Graphs run one by one and nothing of one is read after the next has begun: they share their memory.
+        self._pool = self._pool or graph.pool()
+        return _Captured(graph, hidden, places, last, logits, states)
+
+    def _run(
+        self,
+        hidden: Tensor,
+        places: _Places,
+        last: Tensor,
+        states_after: int | None,
+        inputs: DecoderInputs | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layers; logits of position `last` int64 ``[1]``, and the kept states."""
         weights, kernels, shape = self._weights, self._kernels, self._weights.shape
-        hidden = inputs.hidden.contiguous().clone()
+        hidden = hidden.clone()
         tokens = len(hidden)
-        cosine, sine = weights.rotary(hidden[None], inputs.positions)
-        half = shape.head_dim // 2
-        rotary = cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous()
         x = torch.empty_like(hidden)
         states = hidden[None].clone() if states_after == 0 else None
         for number, layer in enumerate(weights.layers):
             kernels.norm(hidden, layer.input_norm, weights.eps, x)
             qkv = self._linear(x, layer.qkv)
             kernels.place_heads(
-                qkv, (layer.q_norm, layer.k_norm), weights.eps, rotary, self._cache.tables[slot],
+                qkv, (layer.q_norm, layer.k_norm), weights.eps, (places.cosine, places.sine), places.table,
                 (self._cache.keys[number], self._cache.values[number]),
             )  # fmt: skip
             q, k, v = (
@@ -129,14 +218,14 @@ class Prefill:
             heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             hidden += self._linear(heads.transpose(1, 2).reshape(tokens, -1), layer.o)
             kernels.norm(hidden, layer.post_attention_norm, weights.eps, x)
-            hidden += self._experts(x, layer)
+            hidden += self._experts(x, layer, places.filled)
             if states_after == number + 1:
                 states = hidden[None].clone()
-            if inputs.visual is not None and number < len(inputs.deepstack):
+            if inputs is not None and inputs.visual is not None and number < len(inputs.deepstack):
                 hidden[inputs.visual] += inputs.deepstack[number]
-        last = hidden[-1:]
-        normed = torch.empty_like(last)
-        kernels.norm(last, weights.norm, weights.eps, normed)
+        row = hidden.index_select(0, last)
+        normed = torch.empty_like(row)
+        kernels.norm(row, weights.norm, weights.eps, normed)
         return normed @ weights.head.t(), states
 
     def _linear(self, x: Tensor, matrix: Matrix) -> Tensor:
@@ -151,13 +240,15 @@ class Prefill:
         )  # fmt: skip
         return F.linear(x, wide.view(matrix.rows, matrix.columns))
 
-    def _experts(self, x: Tensor, layer: Layer) -> Tensor:
+    def _experts(self, x: Tensor, layer: Layer, filled: Tensor | None) -> Tensor:
         shape = self._weights.shape
         probabilities = torch.softmax(F.linear(x, layer.router), dim=-1, dtype=torch.float)
         chosen, index = torch.topk(probabilities, shape.top_k, dim=-1)
         if shape.normalise_top_k:
             chosen = chosen / chosen.sum(dim=-1, keepdim=True)
         chosen = chosen.to(x.dtype)
+        if filled is not None:
+            index = torch.where(filled, index, -1)
         experts: Any = layer.experts
         if not isinstance(experts, PackedExperts):
             mixed: Tensor = experts(x, index, chosen)
