@@ -41,12 +41,12 @@ class Kernels:
     ) -> None:
         shape = self.shape
         heads = qkv.view(len(qkv), -1, shape.head_dim)
-        for token in range(len(qkv)):
-            q, k = heads[token, : shape.heads], heads[token, shape.heads : shape.heads + shape.kv_heads]
-            for part, weight in ((q, norms[0]), (k, norms[1])):
-                part.copy_(reference.rotate(reference.norm(part.float(), weight, eps), *(one[token] for one in rotary)))
-            page, place = int(table[token // PAGE]), token % PAGE
-            cache[0][page, :, place], cache[1][page, :, place] = k, heads[token, shape.heads + shape.kv_heads :]
+        q, k, v = heads.tensor_split([shape.heads, shape.heads + shape.kv_heads], dim=1)
+        for part, weight in ((q, norms[0]), (k, norms[1])):
+            part.copy_(reference.rotate(reference.norm(part.float(), weight, eps), *(one[:, None] for one in rotary)))
+        tokens = torch.arange(len(qkv))
+        for held, new in zip(cache, (k, v), strict=True):
+            held[table[tokens // PAGE].long(), :, tokens % PAGE] = new
 
 
 class Replayed(Prefill):
@@ -115,7 +115,7 @@ def cache_of(weights: DecoderWeights, pages: int) -> PagedCache:
     return cache
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 130])
+@pytest.mark.parametrize("length", [1, 16, 17, 64, 130])
 def test_what_fills_a_prompt_changes_nothing(weights: DecoderWeights, ids: torch.Tensor, length: int) -> None:
     inputs = DecoderInputs(weights.embeddings[ids[:length]], torch.arange(length).expand(3, 1, -1), 0, None, ())
     plain, filled = cache_of(weights, 6), cache_of(weights, 6)
