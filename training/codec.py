@@ -23,10 +23,14 @@ FRAME = 1920
 """Samples at 24 kHz of one frame of codes."""
 CROP = 16
 """Frames of a training example."""
-PLAIN_STEPS = 200
+LEAST_PLAIN, MOST_PLAIN = 150, 600
 """Steps of a new codec without its quantizer, so that there is something to quantize."""
+CLEAR = 4.0
+"""Spectral distance below which a new codec is ready for its quantizer; one that makes no speech yet stays near 5."""
 BANDS_WEIGHT, HEARD_WEIGHT, NAMED_WEIGHT = 8.0, 1.0, 0.1
 """Weights of what `training.ear` hears, beside the spectral distance."""
+EMBEDDED = 0.4
+"""Standard deviation of what a new encoder gives; the mean of six standard normal embeddings has as much."""
 STRIDES = (3, 4, 5, 8, 2, 2)
 WIDTHS = (16, 32, 64, 96, 128, 128, 128)
 
@@ -145,6 +149,43 @@ def difference(made: Tensor, real: Tensor) -> Tensor:
     return total / 4
 
 
+@torch.no_grad()
+def start(encoder: Encoder, waves: Tensor) -> None:
+    """First weights of the encoder, layer by layer of unit size on real sound.
+
+    With PyTorch's own the sound fades from layer to layer, and the encoder says the same of everything for hundreds of steps.
+
+    Args:
+        encoder: changes.
+        waves: ``(n, samples)`` at 24 kHz.
+    """
+
+    def fill(convolution: nn.Conv1d, size: float) -> None:
+        convolution.weight.normal_()
+        convolution.bias.zero_()  # type: ignore[union-attr]
+        convolution.weight.mul_(size / convolution(states).std())
+
+    states = waves[:, None]
+    for part in encoder.parts:
+        if isinstance(part, Unit):
+            before, states = states, F.elu(states)
+            fill(part.wide, 1.0)
+            states = F.elu(part.wide(states))
+            fill(part.narrow, 0.3)
+            states = before + part.narrow(states)
+            continue
+        if isinstance(part, nn.Conv1d):
+            # The last gives what code2wav was made ready for: the mean of independent embeddings.
+            fill(part, EMBEDDED if part is encoder.parts[-1] else 1.0)
+        states = part(states)
+
+
+def drift(states: Tensor) -> Tensor:
+    """How far the encoder's output, ``(n, frames, width)``, is from zero mean and a deviation of `EMBEDDED`; 0 is not at all."""
+    spread = states.var((0, 1)).mean() / EMBEDDED**2
+    return spread.log().square() + states.mean((0, 1)).square().mean() / EMBEDDED**2
+
+
 def warm_up(vocoder: Any) -> None:
     """First weights of code2wav that let sound through: the stock ones are for loading, not for training."""
     for name, parameter in vocoder.named_parameters():
@@ -214,12 +255,13 @@ def train(
         modules.parameters(), lr=rate_of(device, 1e-3), betas=(0.8, 0.99), weight_decay=0.0, fused=cuda, capturable=cuda
     )
     quantizer = Quantizer(vocoder)
+    size = CROP * FRAME
     if fresh:
         warm_up(vocoder)
+        start(encoder, crops(waves, lengths, numbers, count, size, random)[0])
     clock = clock_of(optimizer, {"encoder": encoder, "code2wav": vocoder})
     vocoder.train()
     ear.requires_grad_(False)
-    size = CROP * FRAME
 
     def learn(_: dict[str, Tensor], plain: bool = False) -> dict[str, Tensor]:
         optimizer.zero_grad(set_to_none=True)
@@ -238,7 +280,9 @@ def train(
         logits, _ = ear(ear.bands(low * within))
         named = F.cross_entropy(logits, digits[first], reduction="none")
         named = (named * alone).sum() / alone.sum().clamp(min=1)
-        loss = distance + 0.5 * pull + BANDS_WEIGHT * bands + HEARD_WEIGHT * heard + NAMED_WEIGHT * named
+        loss = distance + BANDS_WEIGHT * bands + HEARD_WEIGHT * heard + NAMED_WEIGHT * named
+        # Books that nothing reads yet would pull all sounds to the few codes that lie nearest to nothing.
+        loss = loss + (drift(exact) if plain else 0.5 * pull)
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
@@ -248,15 +292,26 @@ def train(
             used = used.index_add_(0, codes[:, group].flatten(), torch.ones_like(exact[..., 0]).flatten())
             shares = used / used.sum()
             values[name] = -(shares * shares.clamp(min=1e-9).log2()).sum()
-        return values
+        # What still holds on to this step's backward pass would bind the recorded one to this stream.
+        return {name: value.detach() for name, value in values.items()}
+
+    def start_quantizer() -> None:
+        start_books(quantizer, encoder, crops(waves, lengths, numbers, 8 * count, size, random)[0])
 
     step = Step(learn, device, capture)
+    plain, smoothed = fresh and clock.step == 0, 2 * CLEAR
+    if fresh and 0 < clock.step < MOST_PLAIN:
+        # An interrupted run does not know whether it had begun to quantize.
+        start_quantizer()
     for number in clock:
-        if fresh and number < PLAIN_STEPS:
+        if plain:
             values = learn({}, plain=True)
+            smoothed += 0.1 * (values["spectral"].item() - smoothed)
+            if (number >= LEAST_PLAIN and smoothed < CLEAR) or number >= MOST_PLAIN:
+                plain = False
+                clock.log(f"codec: quantizes from step {number + 1} on, spectral {smoothed:.3f}")
+                start_quantizer()
         else:
-            if fresh and number == PLAIN_STEPS:
-                start_books(quantizer, encoder, crops(waves, lengths, numbers, 8 * count, size, random)[0])
             values = step({})
         if clock.tell:
             clock.say(values)

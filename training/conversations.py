@@ -1,4 +1,4 @@
-"""Conversations for training, as token ids, places of media, positions and what is to be said.
+"""Conversations for training, as token ids with their media, positions and what is to be said.
 
 What stands here must be what chat template and processor would give; a test compares the two.
 """
@@ -6,53 +6,33 @@ What stands here must be what chat template and processor would give; a test com
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from training.data import Data
+from training.phrases import (
+    ADD,
+    CONTINUE,
+    LARGER,
+    PICTURE,
+    PICTURE_ADD,
+    REPEAT,
+    SMALLER,
+    SOUND,
+    SOUND_ADD,
+    SYSTEMS,
+    TEXT_ADD,
+    TEXT_LARGER,
+    TEXT_SMALLER,
+    WORDS,
+)  # fmt: skip
 from training.sounds import HEARING, HOP, MOST_FRAMES
 from training.towers import CHUNK, CHUNK_TOKENS
 
-PICTURE = (
-    "Which digit is in the picture?", "What digit is in the image?", "Which number do you see?", "Read the digit.",
-    "What number is shown?", "What do you see?", "Which digit is this?", "What is written here?",
-    "Name the digit in the picture.", "What is in the picture?", "Describe the picture.",
-    "Which handwritten digit is shown in the image?",
-)  # fmt: skip
-SOUND = (
-    "Which digit is spoken?", "What digit is spoken?", "Which number do you hear?", "What does the speaker say?",
-    "What do you hear?", "Which digit does the voice say?", "Transcribe the audio.", "Which number is said?",
-    "Name the spoken digit.", "What is said in the audio?", "Listen. Which digit is it?", "Write down the digit.",
-)  # fmt: skip
-ADD = (
-    "Add the two digits.", "What is the sum of the two digits?", "Add them.", "What is the sum?",
-    "How much are the two numbers together?", "Add the two numbers.", "Sum of both?",
-)  # fmt: skip
-LARGER = (
-    "Which digit is larger?", "Which number is larger?", "Which of the two is larger?", "Name the larger digit.",
-    "Compare the two digits. Which is larger?", "Which one is greater?", "What is the larger number?",
-)  # fmt: skip
-SMALLER = (
-    "Which digit is smaller?", "Which number is smaller?", "Which of the two is smaller?", "Name the smaller digit.",
-    "Compare the two digits. Which is smaller?", "Which one is less?", "What is the smaller number?",
-)  # fmt: skip
-TEXT_ADD = ("What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "What is the sum of {a} and {b}?")
-TEXT_LARGER = ("Which is larger, {a} or {b}?", "Which digit is larger, {a} or {b}?", "Larger: {a} or {b}?")
-TEXT_SMALLER = ("Which is smaller, {a} or {b}?", "Which digit is smaller, {a} or {b}?", "Smaller: {a} or {b}?")
-PICTURE_ADD = ("Add {b} to the digit in the picture.", "What is the digit in the picture plus {b}?")
-SOUND_ADD = ("Add {b} to the spoken digit.", "What is the spoken digit plus {b}?")
-REPEAT = ("Repeat: ", "Repeat after me: ", "Say: ", "Repeat this: ")
-CONTINUE = ("Continue: ", "Continue the text: ", "Go on: ")
-SYSTEMS = (
-    "You are a helpful assistant.", "You are a helpful assistant that can see, hear and speak.", "Be brief.",
-    "You are a virtual human who can see, hear and speak.", "Answer with digits.",
-)  # fmt: skip
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GRIDS = ((4, 4), (4, 4), (6, 6), (8, 8), (8, 8), (8, 8), (4, 6), (6, 4), (6, 8), (8, 6), (4, 8), (8, 4))
 CONTINUED = (12, 40)
 """Fewest and most tokens of a continuation."""
@@ -160,6 +140,7 @@ class Author:
         ends = data.wave_ends
         self.lengths = np.diff(np.concatenate([[0], ends])) / 8000
         self.text = data.test_text if test else data.text
+        self.vocabulary = self.text_words()
         self.newlines = {token for token in range(len(tokenizer)) if "\n" in tokenizer.decode([token])}
         self.stops = {token for token in range(len(tokenizer)) if tokenizer.decode([token]) in (".", "!", "?")}
 
@@ -189,15 +170,25 @@ class Author:
         pieces = [Piece([before]), Piece([self.sound_token] * sound_tokens(frames), "sound", medium), Piece([after])]
         return pieces, int(self.data.wave_digits[number])
 
+    def text_words(self) -> list[str]:
+        """The text's words, in their order."""
+        words: list[str] = self.tokenizer.decode(self.text.tolist()).split()
+        return words
+
     def words(self, least: int, most: int) -> list[int]:
-        """Some words of the text, in one line, beginning with a word."""
+        """Some words of the text, in one line, beginning with a letter; in training half of them from anywhere.
+
+        Words that do not follow from one another can be repeated only by who looks at them.
+        """
         while True:
             count = self.random.randint(least, most)
-            place = self.random.randrange(len(self.text) - 400)
-            tokens = self.text[place : place + 300].tolist()
-            text = " ".join(self.tokenizer.decode(tokens).split()[1 : 1 + count])
-            if text[:1].isalpha():
-                return list(self.encode.__wrapped__(text))
+            if not self.test and self.random.random() < 0.5:
+                some = self.random.choices(self.vocabulary, k=count)
+            else:
+                place = self.random.randrange(len(self.vocabulary) - most)
+                some = self.vocabulary[place : place + count]
+            if some[0][0].isalpha():
+                return list(self.encode.__wrapped__(" ".join(some)))
 
     def say(self, text: str) -> Piece:
         return Piece(list(self.encode(text)))
@@ -298,155 +289,3 @@ class Author:
     def plain(self) -> Row:
         place = self.random.randrange(len(self.text) - TEXT_TOKENS)
         return Row([], self.text[place : place + TEXT_TOKENS].tolist(), plain=True, task="text")
-
-
-@dataclass(frozen=True)
-class Space:
-    """Shapes of a training batch, the same for all of them.
-
-    Attributes:
-        tokens: of a row.
-        pictures: in all rows together; places that no row needs show more pictures, for the tower alone.
-        sounds: the same.
-    """
-
-    tokens: int
-    pictures: int
-    sounds: int
-
-
-def batch(
-    rows: Sequence[Row],
-    end: int,
-    pad: int,
-    speech: Any = None,
-    space: Space | None = None,
-    more: dict[str, Sequence[Any]] | None = None,
-) -> dict[str, Any]:
-    """Rows to tensors.
-
-    Args:
-        rows: examples.
-        end: id of the end marker.
-        pad: id that fills short rows.
-        speech: `training.talker.Script`, which adds what the talker learns.
-        space: the tensors' shapes; without it they are as small as these rows allow.
-        more: pictures and sounds that no row shows, for the rest of the space.
-
-    Returns:
-        ``ids``, ``labels`` (-100: not learned), ``positions (3, rows, tokens)``; for pictures ``number, rows, columns``
-        and for sounds ``number, speed, start, frames``; ``picture_to (16 n)`` and ``sound_to (26 n)``: to which of the
-        flattened tokens each feature goes; those that go nowhere have ``rows * tokens``.
-    """
-    longest = space.tokens if space else -(-max(map(row_length, rows)) // 8) * 8
-    ids = np.full((len(rows), longest), pad)
-    labels = np.full((len(rows), longest), -100)
-    places = np.zeros((3, len(rows), longest), np.int64)
-    plain = np.zeros(len(rows), bool)
-    media: dict[str, list[Any]] = {"picture": [], "sound": []}
-    go: dict[str, list[Any]] = {"picture": [], "sound": []}
-    slots = {"picture": 16, "sound": MOST_FRAMES // CHUNK * CHUNK_TOKENS}
-    for number, row in enumerate(rows):
-        tail = Piece([*row.answer] if row.plain else [*row.answer, end])
-        pieces = [*row.pieces, tail]
-        flat = [token for piece in pieces for token in piece.ids]
-        ids[number, : len(flat)] = flat
-        places[:, number, : len(flat)] = positions(pieces)
-        first = len(flat) - len(tail.ids)
-        labels[number, first : len(flat)] = tail.ids
-        plain[number] = row.plain
-        place = number * longest
-        for piece in row.pieces:
-            if piece.kind != "text":
-                order = np.arange(len(piece.ids))
-                if piece.kind == "picture":
-                    wide = piece.medium.columns // 2
-                    order = order // wide * 4 + order % wide
-                target = np.full(slots[piece.kind], len(rows) * longest)
-                target[order] = place + np.arange(len(piece.ids))
-                go[piece.kind].append(target)
-                media[piece.kind].append(piece.medium)
-            place += len(piece.ids)
-    result: dict[str, Any] = {
-        "ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "positions": torch.from_numpy(places),
-        "plain": torch.from_numpy(plain),
-    }  # fmt: skip
-    for kind, one in (more or {}).items():
-        media[kind] += one
-        go[kind] += [np.full(slots[kind], len(rows) * longest)] * len(one)
-    for kind, names in (("picture", ("number", "rows", "columns")), ("sound", ("number", "speed", "start", "frames"))):
-        for name in names:
-            values = [getattr(medium, name) for medium in media[kind]]
-            result[f"{kind}_{name}"] = torch.tensor(values, dtype=torch.float32 if name == "speed" else torch.int64)
-        together = np.concatenate(go[kind]) if go[kind] else np.zeros(0, np.int64)
-        result[f"{kind}_to"] = torch.from_numpy(together)
-    if speech is not None:
-        result |= speech.batch(rows, longest, fixed=space is not None)
-    return result
-
-
-def row_length(row: Row) -> int:
-    """Tokens of an example, the end marker included."""
-    return sum(len(piece.ids) for piece in row.pieces) + len(row.answer) + (not row.plain)
-
-
-def count_media(row: Row, kind: str) -> int:
-    return sum(piece.kind == kind for piece in row.pieces)
-
-
-class Batches(torch.utils.data.IterableDataset[Any]):
-    """Endless batches, made by worker processes.
-
-    Args:
-        author: a function from a seed to an `Author`.
-        shares: how many rows of each task are in a batch; ``text`` is plain text.
-        seed: of the first worker.
-        speech, space: as in `batch`.
-    """
-
-    def __init__(
-        self,
-        author: Any,
-        shares: dict[str, int],
-        seed: int,
-        pad: int,
-        speech: Any = None,
-        space: Space | None = None,
-    ) -> None:
-        self.author, self.shares, self.seed, self.pad, self.speech = author, shares, seed, pad, speech
-        self.space = space
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        author = self.author(self.seed + (worker.id if worker else 0))
-        while True:
-            rows: list[Row] = []
-            for task, count in self.shares.items():
-                rows += [self._row(author, task) for _ in range(count)]
-            more = {}
-            if self.space:
-                for kind, room in (("picture", self.space.pictures), ("sound", self.space.sounds)):
-                    room -= sum(count_media(row, kind) for row in rows)
-                    # Too many by chance: rows with such media give way to text.
-                    while room < 0:
-                        last = max(number for number, row in enumerate(rows) if count_media(row, kind))
-                        room += count_media(rows[last], kind)
-                        rows[last] = author.plain()
-                    make = author.picture if kind == "picture" else author.sound
-                    more[kind] = [make()[0][1].medium for _ in range(room)]
-            yield batch(rows, author.end, self.pad, self.speech, self.space, more)
-
-    def _row(self, author: Author, task: str) -> Row:
-        while True:
-            row = author.plain() if task == "text" else author.conversation(task)
-            if self.space is None or row_length(row) <= self.space.tokens:
-                return row
-
-
-def loader(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:
-    """The batches, some ahead."""
-    return iter(
-        torch.utils.data.DataLoader(
-            batches, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None, pin_memory=False
-        )
-    )

@@ -114,3 +114,17 @@ def load(path: Path) -> Data:
     """Reads what `prepare` wrote."""
     with np.load(path) as file:
         return Data(**{name: file[name] for name in file.files})
+
+
+def tokenizer() -> Any:
+    """The tiny model's."""
+    import tempfile
+
+    from transformers import AutoTokenizer
+
+    from omnifp4.tiny.checkpoint import TINY_FILES, asset_bytes
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name in TINY_FILES:
+            (Path(folder) / name).write_bytes(asset_bytes(name))
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)

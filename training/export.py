@@ -40,8 +40,14 @@ def checkpoint_tensors(model: Any) -> dict[str, Tensor]:
     return {name: tensors[name] for name in needed}
 
 
-def write(model: Any, out: Path) -> None:
-    """Writes the parts and the config to `out`."""
+def write(model: Any, helpers: dict[str, Any], out: Path) -> None:
+    """Writes the parts, the config and the helpers to `out`.
+
+    Args:
+        model: the whole model.
+        helpers: modules that are no part of it, by name; as float16 in ``helpers.safetensors``.
+        out: a folder.
+    """
     from safetensors.torch import save_file
 
     tensors = checkpoint_tensors(model)
@@ -50,6 +56,11 @@ def write(model: Any, out: Path) -> None:
         partial = out / f"{file}.partial"
         save_file(part, partial, metadata={"format": "pt"})
         partial.replace(out / file)
+    weights = {f"{name}.{key}": value for name, one in helpers.items() for key, value in one.state_dict().items()}
+    weights = {name: value.half().contiguous().cpu() for name, value in weights.items()}
+    partial = out / "helpers.safetensors.partial"
+    save_file(weights, partial, metadata={"format": "pt"})
+    partial.replace(out / "helpers.safetensors")
     (out / "config.json").write_text(json.dumps(trained_config(), indent=2) + "\n")
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 PATCH = 16
+PLAIN = 0.3
+"""Share of varied pictures that are a file of 8 x 8 pixels scaled up, without any other variation."""
 SIDE = 8
 """Most patches on a side: pictures up to 128 pixels, the processor's limit for this model."""
 
@@ -24,8 +26,8 @@ def draw(
         digits: ``(n, 8, 8)`` in [0, 1], ink is 1.
         rows: patches of each canvas from top to bottom, ``(n,)``, even.
         columns: from left to right.
-        vary: size, place, slant, stroke, contrast, polarity, colour, noise; otherwise white on black, blocky, filling the
-            canvas: the 8 x 8 picture scaled up.
+        vary: size, place, slant, stroke, contrast, polarity, colour, noise, of most; a share of `PLAIN` fills the canvas as
+            a scaled-up file does, blocky or smooth, some of them inverted. Otherwise all fill it, white on black, blocky.
         random: of the variation, on the digits' device.
         side: pixels of the result's sides, at least the largest canvas'.
 
@@ -82,7 +84,16 @@ def draw(
     picture = grey * tint
     noise = torch.randn(picture.shape, generator=random, device=device)
     loud = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, 0.0, uniform(0, 0.08, 1, 1, 1))
-    return (picture + noise * loud).clamp(0, 1)
+    varied = (picture + noise * loud).clamp(0, 1)
+    filling = torch.stack([x[None] / width[:, None, None], y[None] / height[:, None, None]], dim=-1) * 2 - 1
+    kind = uniform(0, 1, 1, 1, 1)
+    file = torch.where(
+        kind < 0.5,
+        torch.nn.functional.grid_sample(source, filling, mode="nearest", align_corners=False),
+        torch.nn.functional.grid_sample(source, filling, "bicubic", padding_mode="border", align_corners=False),
+    ).clamp(0, 1)
+    file = torch.where(uniform(0, 1, 1, 1, 1) < 0.3, 1 - file, file)
+    return torch.where(uniform(0, 1, 1, 1, 1) < PLAIN, file, varied)
 
 
 def patches(pictures: Tensor) -> Tensor:

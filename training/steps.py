@@ -12,6 +12,8 @@ NOT_CAPTURED = 75
 """Exit status of a stage whose step could not be recorded: it is run again step by step."""
 WARM_UP = 3
 """Steps before the recording, on a stream of their own, as CUDA graphs ask for."""
+TRIALS = 4
+"""Algorithms that cuDNN tries of each convolution."""
 AHEAD = 2
 """Replays that may wait on the device; without a limit the clock would run ahead of them."""
 
@@ -76,8 +78,9 @@ class Step:
 
     def _record(self, batch: dict[str, Tensor]) -> None:
         self.inputs = {name: value.to(self.device, copy=True) for name, value in batch.items()}
-        # All shapes stay: cuDNN may try which of its convolutions are fastest here.
+        # All shapes stay: cuDNN may try which of its convolutions are fastest here, but not for half a minute.
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark_limit = TRIALS
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

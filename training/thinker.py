@@ -11,18 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.conversations import TEXT_TOKENS
 from training.data import Data
 from training.pictures import draw, patches
 from training.sounds import HEARING, HOP, MOST_FRAMES, bank, log_mel, mel_filters, vary
 from training.steps import Step, rate_of, variation
+from training.teacher import Album, Teacher
 from training.towers import Sight, hear, tower_of
 
 BALANCE = 0.01
 """Weight of the routers' balance."""
 TEXT_WEIGHT = 0.5
-"""Weight of plain text beside the tasks."""
+"""Weight of plain text beside the tasks, as long as it has been read `PASSES` times; from then on it falls."""
+PASSES = 10
 MEDIA_WEIGHT = 0.3
 """Weight of the digit read from a tower's features alone: most pictures and recordings of a batch are in no row."""
+WRONG = 0.2
+"""Share of the tokens read of plain text that are others: the text is short, and is read often."""
 WHOLE = 6.0
 """So many tokens of an answer count in full; a longer answer counts as much as these."""
 
@@ -44,8 +49,9 @@ class Senses:
         self.filters = mel_filters().to(device)
 
     def see(self, batch: dict[str, Tensor], random: torch.Generator | None) -> tuple[Tensor, list[Tensor], Tensor]:
+        ink = batch["picture_ink"] if "picture_ink" in batch else self.digits[batch["picture_number"]]
         pictures = draw(
-            self.digits[batch["picture_number"]],
+            ink,
             batch["picture_rows"],
             batch["picture_columns"],
             random is not None,
@@ -166,6 +172,26 @@ class Heads(nn.Module):
         self.picture, self.sound = nn.Linear(width, 10), nn.Linear(width, 10)
 
 
+def text_weight(rows: int, steps: int, tokens: int) -> Tensor:
+    """Weight of plain text, a scalar.
+
+    A fast machine reads the text more often in the same time, and would learn it by heart.
+
+    Args:
+        rows: of plain text in a batch.
+        steps: taken.
+        tokens: of all the text.
+    """
+    passes = rows * TEXT_TOKENS * steps / tokens
+    return torch.tensor(TEXT_WEIGHT * min(1.0, PASSES / max(passes, 1.0)) ** 2)
+
+
+def slipped(ids: Tensor, words: int, random: torch.Generator) -> Tensor:
+    """Token ids of which a share of `WRONG` are others, drawn below `words`."""
+    others = torch.randint(words, ids.shape, generator=random, device=ids.device)
+    return torch.where(torch.rand(ids.shape, generator=random, device=ids.device) < WRONG, others, ids)
+
+
 def train(model: Any, data: Data, batches: Any, clock_of: Any, seed: int, capture: bool = False) -> None:
     """Trains the thinker.
 
@@ -185,22 +211,26 @@ def train(model: Any, data: Data, batches: Any, clock_of: Any, seed: int, captur
     heads = Heads(thinker.config.text_config.hidden_size).to(device)
     everything = nn.ModuleDict({"thinker": thinker, "heads": heads})
     cuda = device.type == "cuda"
+    words = int(data.text.max()) + 1
     optimizer = torch.optim.AdamW(
         groups(everything, 0.05), lr=rate_of(device, 1e-3), betas=(0.9, 0.98), fused=cuda, capturable=cuda
     )
     random = variation(device, seed)
     routers = Routers(thinker.get_decoder(), thinker.config.text_config.num_experts_per_tok)
-    digits = {
-        "picture": torch.from_numpy(data.picture_digits).to(device),
-        "sound": torch.from_numpy(data.wave_digits).to(device),
-    }
+    spoken = F.one_hot(torch.from_numpy(data.wave_digits), 10).float().to(device)
+    album, teacher = Album(data, device), Teacher(data, device)
     clock = clock_of(optimizer, {"thinker": thinker, "heads": heads})
     thinker.train()
 
     def learn(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         optimizer.zero_grad(set_to_none=True)
+        # A picture that a row shows keeps its digit; the others may lie between two.
+        free = batch["picture_to"].view(len(batch["picture_number"]), -1)[:, 0] == batch["ids"].numel()
+        ink = album.between(album.places[batch["picture_number"]], free, random)
+        wanted = {"picture": teacher(ink), "sound": spoken[batch["sound_number"]]}
+        ids = torch.where(batch["plain"][:, None], slipped(batch["ids"], words, random), batch["ids"])
         with autocast(device):
-            states, pooled = read(thinker, senses, batch, random)
+            states, pooled = read(thinker, senses, batch | {"picture_ink": ink, "ids": ids}, random)
             logits = thinker.lm_head(states[:, :-1])
         labels = batch["labels"][:, 1:]
         learned = labels != -100
@@ -211,20 +241,19 @@ def train(model: Any, data: Data, batches: Any, clock_of: Any, seed: int, captur
         task = (losses * weight * ~plain).sum() / (weight * ~plain).sum()
         text = (losses * plain).sum() / (learned & plain).sum().clamp(min=1)
         balance = routers.loss()
-        media = {
-            kind: F.cross_entropy(getattr(heads, kind)(one.float()), digits[kind][batch[f"{kind}_number"]])
-            for kind, one in pooled.items()
-        }
+        media = {kind: F.cross_entropy(getattr(heads, kind)(one.float()), wanted[kind]) for kind, one in pooled.items()}
         helped: Any = sum(media.values())
-        loss = task + TEXT_WEIGHT * text + BALANCE * balance + MEDIA_WEIGHT * helped
+        loss = task + batch["text_weight"] * text + BALANCE * balance + MEDIA_WEIGHT * helped
         loss.backward()
         nn.utils.clip_grad_norm_(everything.parameters(), 1.0)
         optimizer.step()
         return {"task": task, "text": text, "balance": balance, **media}
 
     step = Step(learn, device, capture)
-    for _ in clock:
-        values = step(next(batches))
+    for number in clock:
+        batch = next(batches)
+        weight = text_weight(int(batch["plain"].sum()), number, len(data.text))
+        values = step(batch | {"text_weight": weight})
         if clock.tell:
             clock.say(values)
     for hook in routers.hooks:
@@ -248,7 +277,8 @@ def examine(model: Any, data: Data, author: Any, examples: int, per_batch: int =
         For each task the share of answers of which every token, end marker included, is the likeliest; for ``text`` the
         perplexity per token.
     """
-    from training.conversations import TEXT_TOKENS, Row, batch
+    from training.batches import batch
+    from training.conversations import Row
 
     thinker = model.thinker
     senses = Senses(thinker, data)
@@ -289,7 +319,8 @@ def examine(model: Any, data: Data, author: Any, examples: int, per_batch: int =
 
 def all_rows(author: Any, examples: int) -> list[Any]:
     """Held-out pictures and recordings, each once, and conversations of the other tasks; of each at most so many."""
-    from training.conversations import PICTURE, SOUND, Piece, Row
+    from training.conversations import Piece, Row
+    from training.phrases import PICTURE, SOUND
 
     rows = []
     for kind, numbers in (("picture", author.pictures), ("sound", author.sounds)):

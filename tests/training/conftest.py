@@ -20,7 +20,7 @@ SPEAKERS = ("george", "jackson", "lucas", "nicolas")
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    from training.__main__ import tokenizer
+    from training.data import tokenizer
 
     from omnifp4.runtime.torchvision_on_cpu import declare_missing_operators
 

@@ -42,7 +42,8 @@ def senses(model: Any, data: Any) -> Any:
 def test_ids_positions_and_logits_are_the_stock_ones(
     task: str, model: Any, data: Any, config: Any, tokenizer: Any, processor: Any, senses: Any
 ) -> None:
-    from training.conversations import Author, batch
+    from training.batches import batch
+    from training.conversations import Author
 
     from training import thinker
 
@@ -75,14 +76,16 @@ def test_the_talker_says_what_the_stock_talker_says(
     senses: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from training.conversations import Author, batch
+    from training.batches import batch
+    from training.conversations import Author
 
-    from training import talker
+    from training import script as scripts
+    from training import speech
 
-    monkeypatch.setattr(talker, "MOST_SECONDS", 2.0)
+    monkeypatch.setattr(scripts, "MOST_SECONDS", 2.0)
     author = Author(data, tokenizer, config, test=True, seed=4)
     codes = {int(number): np.zeros((3, 6), np.uint16) for number in data.wave_numbers(False)}
-    script = talker.Script(data, codes, dict.fromkeys(codes, 0.0), np.zeros(6, np.uint16), config, 0)
+    script = scripts.Script(data, codes, dict.fromkeys(codes, 0.0), np.zeros(6, np.uint16), config, 0)
     row = author.conversation("sound")
     inputs = stock_inputs(row, data, tokenizer, processor, senses, answered=False)
     # Transformers 5.17 to 5.23 read a thinker setting from the talker's config when speech follows an audio input.
@@ -100,7 +103,7 @@ def test_the_talker_says_what_the_stock_talker_says(
     row.answer = tokens[0, inputs["input_ids"].shape[1] :].tolist()[:-1]
     tensors = batch([row], author.end, 0)
     tensors |= script.batch([row], tensors["ids"].shape[1], ["chelsie"], empty=True)
-    ours = talker.say(model, data, tensors, [row.answer], len(stock), None)[0]
+    ours = speech.say(model, data, tensors, [row.answer], len(stock), None)[0]
     assert ours[: len(stock)].tolist() == stock.tolist()
 
 
@@ -118,7 +121,8 @@ def test_the_codecs_vocoder_is_the_stock_one(model: Any) -> None:
 @pytest.mark.parametrize("side", [4, 8])
 def test_the_eye_asks_as_the_thinker_is_asked(side: int, model: Any, data: Any, config: Any, tokenizer: Any) -> None:
     """`eye.answer` gives what `thinker.read` gives for the same question about the same picture."""
-    from training.conversations import Author, Piece, Row, batch
+    from training.batches import batch
+    from training.conversations import Author, Piece, Row
     from training.pictures import draw
     from training.towers import Sight, tower_of
 
