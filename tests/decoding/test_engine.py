@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from omnifp4.chat.generation import Options, TextRun
 from omnifp4.chat.inputs import ModelInputs
 from omnifp4.decoding import DecodingError, EngineFull, ModuleEngine, Sampling, choose_engine
-from omnifp4.decoding.engine import shared_engine
+from omnifp4.decoding.choosing import shared_engine
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omnifp4.decoding.engine import DecodingError, Engine, EngineFull, Sampling, Sequence, choose_engine
+    from omnifp4.decoding.choosing import choose_engine
+    from omnifp4.decoding.engine import DecodingError, Engine, EngineFull, Sampling, Sequence
     from omnifp4.decoding.module_engine import ModuleEngine
 
 _HOMES = {
@@ -15,7 +16,7 @@ _HOMES = {
     "ModuleEngine": "module_engine",
     "Sampling": "engine",
     "Sequence": "engine",
-    "choose_engine": "engine",
+    "choose_engine": "choosing",
 }
 
 __all__ = ["DecodingError", "Engine", "EngineFull", "ModuleEngine", "Sampling", "Sequence", "choose_engine"]

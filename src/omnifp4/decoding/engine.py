@@ -1,4 +1,4 @@
-"""What makes tokens: the interface, and the choice of what stands behind it.
+"""What makes tokens: the interface; `omnifp4.decoding.choosing` says what stands behind it.
 
 An engine holds the cache of every text under way on one model, and advances several of them together. It draws tokens
 too, because a fast engine does that on the device. It knows nothing of end markers, stop strings and text: those are
@@ -15,13 +15,10 @@ the caller's business, who ends a sequence with `Engine.stop`.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from omnifp4.errors import OmniFP4Error
 
@@ -146,87 +143,3 @@ class Engine(ABC):
                 f"the engine's context of {self.context_tokens}",
                 hint="shorten the conversation or lower the number of new tokens",
             )
-
-
-def choose_engine(
-    model: Any, requested: str = "auto", *, most_sequences: int = 1, context_tokens: int | None = None
-) -> Engine:
-    """Makes the fastest engine that fits model and machine, or the one asked for.
-
-    Args:
-        model: a loaded omni model.
-        requested: ``auto`` or a name in `ENGINES`; what is named is never replaced by another.
-        most_sequences: that must be possible at once.
-        context_tokens: the most of one sequence; None leaves it to the engine, up to what the model's config allows.
-
-    Returns:
-        The engine; its `reason` says why it was chosen.
-
-    Raises:
-        DecodingError: there is no such engine, or the one asked for does not fit.
-    """
-    from omnifp4.decoding.module_engine import ModuleEngine
-
-    if requested not in ("auto", *ENGINES):
-        raise DecodingError(f"there is no engine {requested!r}", hint=f"allowed: auto, {', '.join(ENGINES)}")
-    if most_sequences < 1:
-        raise DecodingError(f"most_sequences is {most_sequences}", hint="a whole number from 1")
-    if requested == "modules":
-        return ModuleEngine(model, most_sequences=most_sequences, context_tokens=context_tokens, reason="as asked for")
-    why_not = "this installation has none"
-    if find_spec("omnifp4.decoding.graph_engine") is not None:
-        graph_engine = import_module("omnifp4.decoding.graph_engine")
-        why_not = graph_engine.why_not(model, most_sequences=most_sequences, context_tokens=context_tokens)
-        if not why_not:
-            reason = "as asked for" if requested == "cuda-graph" else "own kernels fit this model and GPU"
-            engine: Engine = graph_engine.GraphEngine(
-                model, most_sequences=most_sequences, context_tokens=context_tokens, reason=reason
-            )
-            return engine
-    if requested == "cuda-graph":
-        raise DecodingError(f"the engine cuda-graph cannot run this model: {why_not}", hint="--engine modules")
-    return ModuleEngine(
-        model, most_sequences=most_sequences, context_tokens=context_tokens, reason=f"no CUDA graph: {why_not}"
-    )
-
-
-class _Shared:
-    """The engines of one model, kept on it: they go when it goes. Copies and pickles of the model start without."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.engines: list[Engine] = []
-
-    def __reduce__(self) -> tuple[type[_Shared], tuple[()]]:
-        return _Shared, ()
-
-
-_sharing = threading.Lock()
-
-
-def shared_engine(model: Any, requested: str = "auto", *, context_tokens: int | None = None) -> Engine:
-    """The one engine that all conversations on a model use, so that a GPU's cache is taken once.
-
-    Args:
-        model: as in `choose_engine`.
-        requested: as in `choose_engine`; ``auto`` takes what there is already.
-        context_tokens: as in `choose_engine`; an engine that is there already must offer as many.
-
-    Raises:
-        DecodingError: as `choose_engine`; or the engine that is there has a smaller context.
-    """
-    with _sharing:
-        shared: _Shared = vars(model).setdefault("_omnifp4_engines", _Shared())
-    with shared.lock:
-        for engine in shared.engines:
-            if requested in ("auto", engine.name):
-                if context_tokens is not None and context_tokens > engine.context_tokens:
-                    raise DecodingError(
-                        f"context_tokens is {context_tokens}, but this model's engine {engine.name} was made for "
-                        f"{engine.context_tokens}",
-                        hint="engine=choose_engine(model, context_tokens=…)",
-                    )
-                return engine
-        engine = choose_engine(model, requested, context_tokens=context_tokens)
-        shared.engines.append(engine)
-        return engine
