@@ -18,7 +18,8 @@ from omnifp4.chat.media import MediaRules, load_media
 from omnifp4.chat.messages import Message, check_last, normalise, user_message
 from omnifp4.chat.meter import Meter
 from omnifp4.chat.speech import Script, choose_speaker, speak, speakers
-from omnifp4.decoding.engine import Engine, shared_engine
+from omnifp4.decoding.choosing import shared_engine
+from omnifp4.decoding.engine import Engine
 
 
 class OmniChat:

@@ -18,7 +18,8 @@ import uvicorn
 from omnifp4.chat.generation import sampling_of
 from omnifp4.chat.media import MediaRules
 from omnifp4.chat.omni_chat import OmniChat
-from omnifp4.decoding.engine import EngineFull, Sampling, Sequence, choose_engine
+from omnifp4.decoding.choosing import choose_engine
+from omnifp4.decoding.engine import EngineFull, Sampling, Sequence
 from omnifp4.errors import OmniFP4Error
 from omnifp4.serve.app import Service, create_app
 from omnifp4.serve.protocol import protocol_for
