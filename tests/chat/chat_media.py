@@ -76,6 +76,23 @@ def video_file(
     return path
 
 
+def sound_file(path: Path, codec: str, rate: int, layout: str, seconds: float = 0.5) -> Path:
+    """Sound of one channel that soundfile does not read, so that PyAV does; the name's ending is the container."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=rate)
+        stream.layout = layout
+        samples, channels = int(rate * seconds), len(av.AudioLayout(layout).channels)
+        values = np.zeros((samples, channels), np.float32)
+        values[:, 0] = 0.25
+        frame = av.AudioFrame.from_ndarray(values.reshape(1, -1), format="flt", layout=layout)
+        frame.sample_rate, frame.pts = rate, 0
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            container.mux(packet)
+    return path
+
+
 def sounding_video(seconds: float = 2.0, hertz: float = 440.0) -> Video:
     """Decoded noise with a tone."""
     frames = np.stack([picture(seed=number) for number in range(int(seconds * 2))]).transpose(0, 3, 1, 2)

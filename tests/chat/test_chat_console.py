@@ -148,6 +148,8 @@ def test_generate(new_chat: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ChatError, match="no speaker 'Bob'"):
         run_generate(new_chat(), "Hello", speak_path=tmp_path / "never.wav", speaker="Bob")
     assert not (tmp_path / "never.wav").exists()
+    with pytest.raises(ChatError, match="would hold WAV under another name"):
+        run_generate(new_chat(), "Hello", speak_path=tmp_path / "out.mp3")
 
 
 def test_generate_interrupted_leaves_a_valid_file(

@@ -181,6 +181,16 @@ def test_long_videos_get_smaller_frames(tmp_path: Path) -> None:
     assert video.frames.shape[2] * video.frames.shape[3] <= 10 * 1024
 
 
+@pytest.mark.parametrize(("width", "height"), [(19_900, 100), (40, 8_000), (9_999, 50), (64, 48)])
+def test_scaled_frames_are_not_too_thin(width: int, height: int) -> None:
+    """The processor fails where one side is more than 200 times the other, and rounding down makes them thinner."""
+    from omnifp4.chat.video import frame_size
+
+    for tokens in (4, 100, 777, 24_000):
+        size = frame_size(width, height, 20, tokens)
+        assert max(size) <= 200 * min(size)
+
+
 def test_video_arrays() -> None:
     frames = np.stack([made.picture(seed=number) for number in range(3)])
     video = load("video", frames)
@@ -232,6 +242,9 @@ FAULTS: list[tuple[str, str, Callable[[], Any], str]] = [
     ("audio", "picture", lambda: made.image_bytes(), "holds image/png, not audio (pass it as image)"),
     ("audio", "wrong mime", lambda: made.data_url("audio/wav", made.image_bytes()), "wrong MIME type"),
     ("audio", "not a number", lambda: np.full(1000, np.nan, np.float32), "not finite"),
+    ("audio", "too loud", lambda: np.full(1000, 1e30, np.float32), "samples of 1.0e+30 (sound lies between -1 and 1)"),
+    ("audio", "ragged", lambda: [[0.1, 0.2], [0.3]], "a value of type list is no audio"),
+    ("image", "ragged", lambda: [[1, 2], [3]], "a value of type list is no image"),
     ("audio", "rate", lambda: (np.zeros(1000, np.float32), 3), "sampling rate is 3"),
     ("audio", "one hour", lambda: made.long_wav(3600), "lasts 3600 s; the limit is 2400 s"),
     ("audio", "one hour array", lambda: (np.zeros(3600 * 8000, np.int8), 8000), "lasts 3600 s; the limit is 2400 s"),
@@ -239,6 +252,7 @@ FAULTS: list[tuple[str, str, Callable[[], Any], str]] = [
     ("video", "garbage", lambda: b"\x00\x00\x00\x18ftypisom" + b"\x00" * 100, "damaged or no video"),
     ("video", "sound", lambda: made.wav_bytes(), "holds audio/wav, not video"),
     ("video", "no frames", list, "no frames"),
+    ("video", "a line", lambda: [made.picture(width=900, height=4)] * 2, "a frame of the video is 900 x 4; the longer"),
     ("video", "frames differ", lambda: [made.picture(), made.picture(width=64)], "differ in shape"),
     ("image", "missing", lambda: "no/such/file.png", "does not exist"),
     ("image", "folder", lambda: ".", "is not a file"),

@@ -287,5 +287,8 @@ def test_wav_is_valid_after_each_chunk(tmp_path: Path) -> None:
         again.write(np.array([2.0, -2.0], np.float32))
         raise KeyboardInterrupt
     assert made.read_wav(path)[1].tolist() == [32767, -32767]
+    with pytest.raises(ChatError), WavWriter(path):
+        raise ChatError("before the first sound")
+    assert not path.exists(), "an error before any sound leaves no file that looks like silence"
     with pytest.raises(ChatError, match="cannot write"):
         WavWriter(tmp_path / "none" / "a.wav")

@@ -244,7 +244,9 @@ class Emulator:
         glue = "".join(_entry(name, parameters_of(text, name)) for name in sorted(names))
         # `extern __shared__ T shared[]` is where the launch says.
         text = re.sub(
-            r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];", r"\1* const \2 = (\1*)emulated_dynamic;", without_ptx(text)
+            r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
+            r"\1* const \2 = (\1*)emulated_dynamic;",
+            without_ptx(text),
         )
         defines = [f"-D{name}={value}" for name, value in sorted({"FP4": 1, **dict(constants)}.items())]
         program = f'#include "{HERE / "device.hpp"}"\n#undef INFINITY\n{text}\n{GLUE}{glue}'

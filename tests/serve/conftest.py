@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from torch_threads import one_torch_thread
+
 NAME = "tiny-omni"
 
 
@@ -44,13 +46,8 @@ def libraries() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread(libraries: None) -> Iterator[None]:
-    """So small a model gains nothing by more, and threads that wait for each other lose much on a busy machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -102,8 +102,9 @@ def test_refusals(tiny_artifact: Path, tmp_path: Path) -> None:
             (["--port", port], f"cannot listen on 127.0.0.1 port {port}"),
             (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
             (["--allow-media-folder", str(tmp_path / "none")], "is not a folder"),
-            (["--allow-media-host", "http://x"], "'http://x' is not a host name"),
+            (["--allow-media-host", "http://x"], "'http://x', which is no host name"),
             (["--api-key", " "], "the API key is empty"),
+            (["--api-key", ""], "the API key is empty"),
         ):
             error = CliRunner().invoke(app, ["serve", str(tiny_artifact), *arguments]).exception
             assert isinstance(error, OmniFP4Error) and says in str(error), error

@@ -70,6 +70,8 @@ def run_generate(
     out, err = out or sys.stdout, err or sys.stderr
     if speaker is not None and speak_path is None:
         raise ChatError(f"the speaker {speaker!r} needs a file to speak to", hint="--speak out.wav")
+    if speak_path is not None and Path(speak_path).suffix.lower() not in ("", ".wav"):
+        raise ChatError(f"{str(speak_path)!r} would hold WAV under another name", hint="--speak out.wav")
     talk = model if isinstance(model, OmniChat) else OmniChat(model, **(chat or {}))
     media = {"images": list(images), "audios": list(audios), "videos": list(videos)}
     return _ask(talk, prompt, media, speak_path, speaker, out, err, options)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from omnifp4.chat.arrays import as_array
 from omnifp4.chat.errors import MediaError, need
 from omnifp4.chat.sources import Encoded
 
@@ -39,7 +40,7 @@ def decode_image(encoded: Encoded, max_pixels: int, where: str) -> Any:
             warnings.simplefilter("ignore", pil.DecompressionBombWarning)
             pil.init()
             image = pil.open(encoded.open(), formats=[name for name in FORMATS if name in pil.OPEN])
-        _check_size(image.size, max_pixels, where, encoded.name)
+        check_size(image.size, max_pixels, where, encoded.name)
         image.load()
         return rgb(image, max_pixels, where, encoded.name)
     except MediaError:
@@ -64,13 +65,13 @@ def image_from_value(value: Any, max_pixels: int, where: str) -> Any:
     pil = need("PIL.Image", "reading images", "pillow")
     if not isinstance(value, pil.Image):
         value = pil.fromarray(pixels(value, where))
-    _check_size(value.size, max_pixels, where, "the image")
+    check_size(value.size, max_pixels, where, "the image")
     return rgb(value, max_pixels, where, "the image")
 
 
 def pixels(value: Any, where: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """An image array as uint8, channels last; shape ``(height, width)`` or ``(height, width, 3 | 4)``."""
-    array = np.asarray(value)
+    array = as_array(value, "image", where)
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -103,7 +104,15 @@ def rgb(image: Any, max_pixels: int, where: str, name: str) -> Any:
     return image.convert("RGB")
 
 
-def _check_size(size: tuple[int, int], max_pixels: int, where: str, name: str) -> None:
+def check_size(size: tuple[int, int], max_pixels: int, where: str, name: str) -> None:
+    """Refuses an image, or a video's frame, of so many pixels or so long and thin that the processor fails on it.
+
+    Args:
+        size: width and height.
+        max_pixels: the most there may be.
+        where: for errors.
+        name: likewise.
+    """
     width, height = size
     if width * height > max_pixels:
         raise MediaError(

@@ -110,6 +110,11 @@ def user_message(
     return normalise([{"role": "user", "content": parts}], markers=markers)[0]
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON may spell half of a surrogate pair, which is no character."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def listed(value: Any) -> list[Any]:
     """One source, or several, as a list."""
     if value is None:
@@ -190,7 +195,7 @@ def _content(value: Any, kind: str, where: str) -> Part:
     if kind == "text":
         if not isinstance(value, str):
             raise ChatError(f"{where} has {_name(value)} as text", hint="text is a string")
-        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        if not is_unicode(value):
             raise ChatError(f"{where} holds half of a surrogate pair, which is no character", hint="send UTF-8")
         return {"type": "text", "text": value}
     if kind == "input_audio":

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from omnifp4.chat.arrays import as_array
 from omnifp4.chat.errors import MediaError, need
-from omnifp4.chat.sources import Encoded, open_container
+from omnifp4.chat.sources import Encoded, check_codec, open_container
 
 Samples = NDArray[np.float32]
 """Mono, 16 kHz, shape ``(samples,)``."""
@@ -26,6 +27,8 @@ MIN_SAMPLES = 400
 """25 ms, one window of the feature extractor; it fails on less."""
 LEAST_RATE, MOST_RATE = 1_000, 768_000
 """Samples a second that are believed; a resampler's filter grows with the rate."""
+MOST_AMPLITUDE = float(1 << 31)
+"""Full scale of 32-bit samples that somebody wrote as floats; far above it, the power of a spectrum overflows."""
 BLOCK = 1 << 18
 """Samples read at a time, of all channels together."""
 
@@ -87,7 +90,7 @@ def audio_from_array(
     rate = RATE if rate is None else rate
     if not isinstance(rate, int) or isinstance(rate, bool) or not LEAST_RATE <= rate <= MOST_RATE:
         raise MediaError(f"{where}: the sampling rate is {rate!r}", hint="a whole number of samples a second")
-    array = np.asarray(value)
+    array = as_array(value, "audio", where)
     if array.ndim == 2:
         array = array if array.shape[0] >= array.shape[1] else array.T
     if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] > 32):
@@ -140,16 +143,27 @@ def _decode_with_av(
             if moving and not of_video:
                 raise MediaError(f"{where}: {encoded.name} is a video", hint="pass it as video; its sound comes along")
             stream = container.streams.audio[0]
+            check_codec(stream, encoded.name, where)
             duration = float(container.duration or 0) / 1e6
             if too_long == "refuse" and duration > max_seconds:
                 raise _too_long(encoded.name, duration, max_seconds, where)
             rate = stream.rate
-            resampler = av.AudioResampler(format="fltp", layout=stream.layout.name, rate=rate)
+            # Channels beside each other in one plane: of eight planes and more, PyAV reads beyond the last.
+            resampler = av.AudioResampler(format="flt", layout=stream.layout.name, rate=rate)
 
             def blocks() -> Iterator[Samples]:
+                first = None
                 for frame in container.decode(stream):
+                    form = (frame.layout.nb_channels, frame.rate, frame.format.name)
+                    first = first or form
+                    if form != first:
+                        # The resampler is made for the first frame, and would hand on any other as it is.
+                        raise MediaError(
+                            f"{where}: {encoded.name} is damaged, or of several pieces: {first[0]} channels at {first[1]} "
+                            f"become {form[0]} at {form[1]}"
+                        )
                     for part in resampler.resample(frame):
-                        yield part.to_ndarray().mean(axis=0, dtype=np.float32)
+                        yield part.to_ndarray().reshape(part.samples, -1).mean(axis=1, dtype=np.float32)
 
             return _collect(blocks(), rate, max_seconds, too_long, where, encoded.name, max_decode_seconds)
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -183,6 +197,8 @@ def _collect(
             )
         if not np.isfinite(block).all():
             raise MediaError(f"{where}: {name} holds samples that are not finite numbers")
+        if (loudest := float(np.abs(block).max(initial=0))) > MOST_AMPLITUDE:
+            raise MediaError(f"{where}: {name} holds samples of {loudest:.1e}", hint="sound lies between -1 and 1")
         block = stream.resample_chunk(block) if stream is not None else block
         parts.append(block)
         count += len(block)

@@ -119,6 +119,18 @@ def open_container(encoded: Encoded) -> Any:
     return av.open(encoded.open(), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
 
 
+def check_codec(stream: Any, name: str, where: str) -> None:
+    """Refuses a stream that PyAV finds no decoder for: it then has no codec, and says so nowhere.
+
+    Raises:
+        MediaError: there is none.
+    """
+    if stream.codec_context is None:
+        raise MediaError(
+            f"{where}: {name} is damaged, or coded in a way that is not known here", hint="convert it first"
+        )
+
+
 def sniff(head: bytes) -> tuple[frozenset[str], str]:
     """What content can be, by its first bytes.
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omnifp4.chat.errors import MediaError, need
-from omnifp4.chat.images import pixels
+from omnifp4.chat.images import MAX_RATIO, check_size, pixels
 from omnifp4.chat.sound import RATE, Samples, TooLong, audio_track
-from omnifp4.chat.sources import Encoded, open_container
+from omnifp4.chat.sources import Encoded, check_codec, open_container
 
 FRAMES_PER_SECOND = 2.0
 TOKEN_PIXELS = 32 * 32
@@ -70,13 +70,11 @@ def decode_video(encoded: Encoded, sound: bool, limits: VideoLimits, where: str)
             if not container.streams.video:
                 raise MediaError(f"{where}: {encoded.name} has no picture", hint="pass it as audio")
             stream = container.streams.video[0]
+            check_codec(stream, encoded.name, where)
             # The header is judged here, and each frame by the decoder: a frame may be larger than the header says.
             stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
             width, height = stream.codec_context.width, stream.codec_context.height
-            if width * height > limits.max_pixels:
-                raise MediaError(
-                    f"{where}: {encoded.name} has frames of {width} x {height}; the limit is {limits.max_pixels:,} pixels"
-                )
+            check_size((width, height), limits.max_pixels, where, f"a frame of {encoded.name}")
             seconds = float(container.duration or 0) / 1e6
             if limits.too_long == "refuse" and seconds > limits.max_seconds + 1:
                 raise _too_long(encoded.name, seconds, limits, where)
@@ -108,12 +106,10 @@ def video_from_frames(value: Any, limits: VideoLimits, where: str) -> Video:
         raise _too_long("the video", len(frames) / FRAMES_PER_SECOND, limits, where)
     if any(frame.ndim != 3 or frame.shape != frames[0].shape for frame in frames):
         raise MediaError(f"{where}: the video's frames differ in shape, or have no colour", hint="(height, width, 3)")
-    if frames[0].shape[0] * frames[0].shape[1] > limits.max_pixels:
-        raise MediaError(
-            f"{where}: frames of {frames[0].shape[:2]} are above the limit of {limits.max_pixels:,} pixels"
-        )
+    height, width = frames[0].shape[:2]
+    check_size((width, height), limits.max_pixels, where, "a frame of the video")
     pil = need("PIL.Image", "reading video frames", "pillow")
-    size = frame_size(frames[0].shape[1], frames[0].shape[0], len(frames), limits.max_tokens)
+    size = frame_size(width, height, len(frames), limits.max_tokens)
     return Video(_stacked([np.asarray(pil.fromarray(frame[..., :3]).resize(size)) for frame in frames]), None)
 
 
@@ -123,7 +119,9 @@ def frame_size(width: int, height: int, frames: int, max_tokens: int) -> tuple[i
     if width * height <= most:
         return width, height
     scale = math.sqrt(most / (width * height))
-    return max(1, int(width * scale)), max(1, int(height * scale))
+    wide, tall = max(1, int(width * scale)), max(1, int(height * scale))
+    # Rounding down must not make it thinner than the processor takes.
+    return min(wide, MAX_RATIO * tall), min(tall, MAX_RATIO * wide)
 
 
 def _in_time(frames: Iterator[Any], name: str, limits: VideoLimits, where: str) -> Iterator[Any]:

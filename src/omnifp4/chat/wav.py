@@ -52,3 +52,6 @@ class WavWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if kind is not None and not self.samples:
+            # A file without a sound would look like an answer that had nothing to say.
+            self.path.unlink(missing_ok=True)

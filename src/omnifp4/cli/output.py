@@ -6,14 +6,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from omnifp4.errors import OutputError
+
 QUIET_SECONDS = 2.0
 """Work shorter than this shows no progress line where there is no terminal."""
+
+
+def check_receipt(path: Path | None) -> None:
+    """Refuse, before any work, a file that could not be written after it.
+
+    Raises:
+        OutputError: its folder is missing, or it is a folder itself.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder", hint="--receipt FILE")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: {path.parent} is no folder", hint="make it first")
 
 
 class Output:

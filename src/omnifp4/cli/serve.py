@@ -113,7 +113,8 @@ def serve(
     if engine not in ENGINES:
         raise OmniFP4Error(f"there is no engine {engine!r}", hint=f"allowed: {', '.join(ENGINES)}")
     _refuse_foreign(run, engine)
-    key = api_key or os.environ.get(KEY_VARIABLE) or None
+    # An empty --api-key, as of a variable that is not set, must not open the server: the settings refuse it.
+    key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE) or None
     if engine != "local":
         from omnifp4.handover import serve_with
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,7 +12,8 @@ from typing import Any, Final
 
 from omnifp4.chat.errors import ChatError, MediaError
 from omnifp4.chat.media import MediaRules, load_media
-from omnifp4.chat.messages import MEDIA, Message, check_last, normalise
+from omnifp4.chat.messages import MEDIA, Message, check_last, is_unicode, normalise
+from omnifp4.chat.sources import scheme_of
 from omnifp4.errors import OmniFP4Error
 
 BUNDLED: Final = "bundled"
@@ -48,8 +50,8 @@ def read_data(data: str | Path) -> tuple[Sample, ...]:
 
     Args:
         data: ``"bundled"``, or a JSONL file: one object a line with ``messages`` as `normalise` takes them and, each
-            optional, ``answer``, ``task``, ``id`` and ``speak``. A conversation that ends with the assistant's turn has
-            that as its answer. Paths of media are relative to the file.
+            optional, ``answer``, ``task``, ``id`` and ``speak``; null is as good as missing. A conversation that ends with
+            the assistant's turn has that as its answer. Paths of media are relative to the file.
 
     Raises:
         OmniFP4Error: the file, a line or a medium is missing or not right, or there are no samples.
@@ -58,7 +60,8 @@ def read_data(data: str | Path) -> tuple[Sample, ...]:
         Path(str(files("omnifp4.evaluation").joinpath("samples", "samples.jsonl"))) if data == BUNDLED else Path(data)
     )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a text may hold U+2028 and its kin, which JSON need not escape. Some editors begin with a mark.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise OmniFP4Error(
             f"{path}: cannot be read as JSONL: {error}",
@@ -118,6 +121,8 @@ def _samples(path: Path, lines: Sequence[str]) -> Iterator[Sample]:
             value = json.loads(line)
         except ValueError as error:
             raise OmniFP4Error(f"{where}: not JSON: {error}") from None
+        except RecursionError:
+            raise OmniFP4Error(f"{where}: lists and objects are nested too deep") from None
         if not isinstance(value, dict):
             raise OmniFP4Error(f"{where}: not an object", hint=f"with the keys {', '.join(KEYS)}")
         yield _sample(value, number, where, path.parent)
@@ -126,9 +131,15 @@ def _samples(path: Path, lines: Sequence[str]) -> Iterator[Sample]:
 def _sample(value: Mapping[str, Any], number: int, where: str, home: Path) -> Sample:
     if unknown := sorted(set(value) - set(KEYS)):
         raise OmniFP4Error(f"{where}: unknown key {unknown[0]!r}", hint=f"allowed: {', '.join(KEYS)}")
+    # Tables that are written as JSONL have null where a row has no value.
+    value = {key: one for key, one in value.items() if one is not None}
     for key, kind in (("id", str), ("task", str), ("answer", str), ("speak", bool)):
         if key in value and not isinstance(value[key], kind):
             raise OmniFP4Error(f"{where}: {key} is {value[key]!r}", hint=f"it must be a {kind.__name__}")
+        if isinstance(value.get(key), str) and not is_unicode(value[key]):
+            raise OmniFP4Error(f"{where}: {key} holds half of a surrogate pair, which is no character")
+    if (task := value.get("task", "")) and not task.strip():
+        raise OmniFP4Error(f"{where}: the task's name is {task!r}", hint="name it, or leave it out")
     try:
         messages = normalise(value.get("messages", []))
         answer = value.get("answer")
@@ -161,14 +172,22 @@ def _located(message: Message, where: str, home: Path) -> Message:
     parts = []
     for part in message["content"]:
         source = part.get(part["type"]) if part["type"] in MEDIA else None
-        if isinstance(source, str) and source.startswith(("http:", "https:")):
-            raise OmniFP4Error(
-                f"{where}: {part['type']} {source[:80]!r} is on the network", hint="download it, and name the file"
-            )
-        if isinstance(source, str) and not source.startswith("data:"):
-            found = home / source.removeprefix("file://")
-            if not found.is_file():
-                raise OmniFP4Error(f"{where}: {part['type']} {source!r} is missing: no file {found}")
+        if isinstance(source, str) and (scheme := scheme_of(source)) != "data":
+            if scheme not in ("file", ""):
+                raise OmniFP4Error(
+                    f"{where}: {part['type']} {source[:80]!r} is on the network", hint="download it, and name the file"
+                )
+            path = urllib.request.url2pathname(source[len("file://") :]) if scheme else source
+            found = home / path
+            if not _is_file(found):
+                raise OmniFP4Error(f"{where}: {part['type']} {path[:200]!r} is missing: no file {str(found)[:300]!r}")
             part = {**part, part["type"]: str(found)}
         parts.append(part)
     return {"role": message["role"], "content": parts}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False  # a name that no file can have

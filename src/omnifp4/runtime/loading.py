@@ -17,6 +17,7 @@ from omnifp4.checkpoint.hub import local_folder
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import CheckpointError, ModelError, OmniFP4Error
 from omnifp4.runtime.backends import choose_backend
+from omnifp4.runtime.devices import find_device
 from omnifp4.runtime.names import OPTIONAL_PARTS
 from omnifp4.runtime.options import LoadOptions, loading_with
 from omnifp4.runtime.placement import tensors_of
@@ -74,7 +75,7 @@ def load(
     """
     folder = local_folder(str(model), revision)
     checkpoint = open_checkpoint(folder)
-    target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    target = find_device(device)
     wanted = _find_dtype(dtype, checkpoint.config)
     is_packed = _check_claim(checkpoint)
     if is_packed:

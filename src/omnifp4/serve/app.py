@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -90,26 +91,34 @@ def create_app(service: Service) -> Any:
     def model_card() -> dict[str, Any]:
         return {"id": settings.name, "object": "model", "created": created, "owned_by": "omnifp4"}
 
-    @app.get("/v1/models")
+    readable = partial(app.api_route, methods=["GET", "HEAD"])
+
+    @readable("/v1/models")
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [model_card()]})
 
-    @app.get("/v1/models/{name:path}")
+    @readable("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != settings.name:
             raise ApiError(404, f"there is no model {name[:200]!r}", param="model", code="model_not_found")
         return JSONResponse(model_card())
 
-    @app.get("/health")
+    @readable("/v1/audio/voices")
+    async def voices() -> Response:
+        # Not OpenAI's, but where Open WebUI and others look before they offer OpenAI's own names.
+        names = service.chat.speakers if service.chat.speech else ()
+        return JSONResponse({"voices": [{"id": one, "name": one} for one in names]})
+
+    @readable("/health")
     async def health() -> Response:
         alive = service.scheduler.alive
         return JSONResponse({"status": "ok" if alive else "down"}, 200 if alive else 503)
 
-    @app.get("/metrics")
+    @readable("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/omnifp4/status")
+    @readable("/v1/omnifp4/status")
     async def status() -> Response:
         return JSONResponse(service.status.read(), headers={"cache-control": "no-store"})
 

@@ -13,7 +13,11 @@ from omnifp4.serve.errors import ApiError, bad_request
 from omnifp4.serve.settings import Settings
 
 PART_TYPES: Final = ("text", "image_url", "input_audio", "audio_url", "video_url")
-MEDIA_TYPES: Final = ("image", "audio", "video")
+DETAILS: Final = ("auto", "low", "high", "original")
+"""Of a picture, as OpenAI's clients may name them; the processor alone decides how finely a picture is read."""
+
+SYSTEM_ROLES: Final = ("system", "developer")
+TOOL_ROLES: Final = ("tool", "function")
 
 _KEYS: Final = frozenset({"role", "content", "name", "audio", "refusal", "annotations", "tool_calls", "function_call"})
 """Of a message, as OpenAI's own answers have them when they are sent back."""
@@ -67,11 +71,15 @@ def read_messages(
     limits = settings.limits
     if len(messages) > limits.messages:
         raise bad_request(f"{len(messages)} messages are above the limit of {limits.messages}", "messages")
-    plain = [one for number, message in enumerate(messages) if (one := _message(message, number, transcripts, defused))]
     media = characters = 0
-    for number, message in enumerate(plain):
-        for place, part in enumerate(message["content"] if isinstance(message["content"], list) else ()):
+    plain = []
+    for number, message in enumerate(messages):
+        if (one := _message(message, number, transcripts, defused)) is None:
+            continue
+        plain.append(one)
+        for place, part in enumerate(one["content"] if isinstance(one["content"], list) else ()):
             media += _check_part(part, f"messages.{number}.content.{place}", settings)
+    plain = _with_one_system_message(plain)
     result = normalise(plain, markers=markers)
     for message in result:
         characters += sum(len(part["text"]) for part in message["content"] if part["type"] == "text")
@@ -88,6 +96,19 @@ def read_messages(
     return result
 
 
+def _with_one_system_message(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Clients may begin with several, their own and the developer's; the model knows one."""
+    count = next((n for n, one in enumerate(messages) if one["role"] not in SYSTEM_ROLES), len(messages))
+    if count < 2:
+        return messages
+    parts: list[Any] = []
+    for one in messages[:count]:
+        content = one["content"]
+        parts += ["\n\n"] if parts else []
+        parts += content if isinstance(content, list) else [content]
+    return [{"role": "system", "content": parts}, *messages[count:]]
+
+
 def has_media(messages: list[Message]) -> bool:
     return any(part["type"] != "text" for message in messages for part in message["content"])
 
@@ -95,15 +116,21 @@ def has_media(messages: list[Message]) -> bool:
 def _message(
     message: Mapping[str, Any], number: int, transcripts: Transcripts, defused: Callable[[str], str]
 ) -> dict[str, Any] | None:
-    """Role and content; None for an earlier answer that was empty."""
-    place = f"messages.{number}"
+    """Role and content; None for an earlier answer, or a system message, that was empty."""
+    place, role = f"messages.{number}", message.get("role")
+    if role in TOOL_ROLES:
+        raise bad_request(
+            f"{place} has the role {role!r}: tools are not supported", f"{place}.role", "unsupported_value"
+        )
     for name in message:
         if name not in _KEYS:
             raise bad_request(f"{place} has the unknown field {str(name)[:80]!r}", place, "unknown_parameter")
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             raise bad_request(f"{place}.{name}: tools are not supported", f"{place}.{name}", "unsupported_value")
-    role, content = message.get("role"), message.get("content")
+    content = message.get("content")
+    if role in SYSTEM_ROLES and content in ("", []):
+        return None
     if role != "assistant":
         return {"role": role, "content": content}
     spoken = message.get("audio")
@@ -136,6 +163,12 @@ def _check_part(part: Any, place: str, settings: Settings) -> int:
         return 0
     value = part.get(str(kind))
     address = value.get("url") if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping) and value.get("detail") not in (None, *DETAILS):
+        raise bad_request(
+            f"{place} has the detail {str(value['detail'])[:80]!r} (allowed: {', '.join(DETAILS)})",
+            f"{place}.{kind}.detail",
+            "invalid_value",
+        )
     if kind == "input_audio" or not isinstance(address, str):
         return 1
     scheme = scheme_of(address)

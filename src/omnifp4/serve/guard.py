@@ -112,6 +112,9 @@ class Guard:
         count = len(scope["headers"])
         if count > MOST_HEADERS or sum(len(name) + len(value) for name, value in scope["headers"]) > self._header_bytes:
             raise ApiError(431, "the headers are above the limit in size or number", code="headers_too_large")
+        if b"transfer-encoding" in headers and b"content-length" in headers:
+            # A proxy that believes the other one would see another request behind this body.
+            raise ApiError(400, "the body has both a length and a transfer encoding", code="ambiguous_length")
         hosts = self._settings.known_hosts
         if hosts is not None and _host_name(headers.get(b"host", b"")) not in hosts:
             raise ApiError(

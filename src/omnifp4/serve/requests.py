@@ -153,7 +153,7 @@ def parse(data: bytes, kind: type[Body], depth: int) -> Body:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _told(error, kind) from None
+        raise _told(error, kind, fields) from None
 
 
 def read_json(data: bytes, depth: int) -> Any:
@@ -203,15 +203,38 @@ def _check_structure(data: bytes, most: int) -> None:
             depth -= 1
 
 
-def _told(error: ValidationError, kind: type[BaseModel]) -> ApiError:
+def _told(error: ValidationError, kind: type[BaseModel], fields: dict[str, Any]) -> ApiError:
     """The first fault, in one line."""
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(step)[:80] for step in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        if len(fault["loc"]) == 1:
-            allowed = f" (allowed: {', '.join(kind.model_fields)})"
-            return bad_request(f"there is no field {place!r}{allowed}", place, "unknown_parameter")
-        return bad_request(f"there is no field {place!r}", place, "unknown_parameter")
-    if fault["type"] == "missing":
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    places = [_place(fault["loc"], fields, absent=fault["type"] == "missing") for fault in faults]
+    # Where a field may be one of several things, each of them has a fault: those are told that lie deepest.
+    deepest = max((place for place in places if place[:1] == places[0][:1]), key=len)
+    chosen = [fault for fault, place in zip(faults, places, strict=True) if place == deepest]
+    what = chosen[0]["type"]
+    place = ".".join(str(step)[:80] for step in deepest)
+    if what == "extra_forbidden":
+        allowed = f" (allowed: {', '.join(kind.model_fields)})" if len(deepest) == 1 else ""
+        return bad_request(f"there is no field {place!r}{allowed}", place, "unknown_parameter")
+    if what == "missing":
         return bad_request(f"{place} is missing", place, "missing_required_parameter")
-    return bad_request(f"{place}: {fault['msg']}", place, "invalid_value")
+    said = " or: ".join(dict.fromkeys(fault["msg"] for fault in chosen))
+    return bad_request(f"{place}: {said}", place, "invalid_value")
+
+
+def _place(steps: tuple[int | str, ...], fields: dict[str, Any], *, absent: bool) -> tuple[int | str, ...]:
+    """Where in the body a fault lies: without the names of types, which pydantic puts among the steps.
+
+    Args:
+        steps: pydantic's ``loc``.
+        fields: that were checked.
+        absent: the last step is a field that is missing.
+    """
+    value: Any = fields
+    place: list[int | str] = []
+    for number, step in enumerate(steps):
+        is_name = isinstance(value, dict) and (step in value or (absent and number == len(steps) - 1))
+        if is_name:
+            place, value = [*place, step], value.get(step)
+        elif isinstance(value, list) and isinstance(step, int):
+            place, value = [*place, step], value[step]
+    return tuple(place)

@@ -98,16 +98,22 @@ class Settings:
             raise OmniFP4Error(f"port is {self.port}", hint="allowed: 0 to 65535")
         if self.api_key is not None and not self.api_key.strip():
             raise OmniFP4Error("the API key is empty", hint="--api-key SECRET, or leave it out")
+        if self.api_key is not None and self.api_key != self.api_key.strip():
+            raise OmniFP4Error("the API key begins or ends with white space, which no client can send")
         if self.media_folder is not None and not self.media_folder.is_dir():
             raise OmniFP4Error(f"{self.media_folder} is not a folder", hint="--allow-media-folder FOLDER")
-        for host in self.media_hosts:
-            if not host or "/" in host or ":" in host.strip("[]").replace("::", ""):
-                raise OmniFP4Error(f"{host!r} is not a host name", hint="--allow-media-host images.example.org")
+        for option, hosts in (("--allow-media-host", self.media_hosts), ("--allow-host", self.allow_hosts)):
+            for host in hosts:
+                if not host.strip() or "/" in host or ":" in host.strip("[]").replace("::", ""):
+                    raise OmniFP4Error(
+                        f"{option} is {host!r}, which is no host name",
+                        hint=f"without scheme and port: {option} chat.example.org",
+                    )
 
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        if self.host == "localhost":
+        if self.host.lower() == "localhost":
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback
@@ -122,4 +128,4 @@ class Settings:
         """
         if not self.is_loopback:
             return None
-        return frozenset({"localhost", "127.0.0.1", "::1", self.host, *(name.lower() for name in self.allow_hosts)})
+        return frozenset(name.lower() for name in ("localhost", "127.0.0.1", "::1", self.host, *self.allow_hosts))
