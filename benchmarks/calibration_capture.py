@@ -1,11 +1,12 @@
 """Calibration at real shape: seconds a layer and peak memory, for few and for many tokens, projected to the whole model.
 
-    python benchmarks/calibration_capture.py FOLDER [--device cuda] [--tokens 2048 8192] [--layers 2] [--hessians]
+    python benchmarks/calibration_capture.py FOLDER [--device cuda] [--tokens 2048 8192] [--layers 2] [--hessians | --gradients]
 
 FOLDER gets random weights of Qwen3-Omni-30B-A3B's thinker, cut to a few layers (3.8 GB for two), and is kept for the
 next run. Two numbers of tokens give the fixed cost of a layer (reading, all-expert statistics, writing) and the cost of
 a token. On a CPU that others use too, ``idle_seconds`` tell what the processors worked, divided by the threads: what the
-same threads would need if they had the machine for themselves and never waited. With --hessians, the full Hessian of every linear and expert is made and factored too, as GPTQ would.
+same threads would need if they had the machine for themselves and never waited. With --hessians, the full Hessian of every linear and expert is made and factored too, as GPTQ would;
+with --gradients, squared gradients are collected beside the statistics (the head, run once, then counts as layers).
 Prints a card and one JSON line.
 """
 
@@ -83,7 +84,7 @@ def seconds_of(checkpoint: Checkpoint, tokens: int, arguments: Any) -> dict[str,
         visit_prepared(ready, factor, limits, sequential=False, progress=lambda *_: None)
         size = 0
     else:
-        capture(ready, out, CaptureSettings(speech=False), lambda *_: None)
+        capture(ready, out, CaptureSettings(speech=False, gradients=arguments.gradients), lambda *_: None)
         size = out.stat().st_size
         out.unlink()
     if ready.device.type == "cuda":
@@ -116,7 +117,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs=2, default=(2048, 8192))
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--hessians", action="store_true")
+    work = parser.add_mutually_exclusive_group()
+    work.add_argument("--hessians", action="store_true")
+    work.add_argument("--gradients", action="store_true")
     arguments = parser.parse_args()
     model = arguments.folder / f"qwen3-omni-{arguments.layers}-layers"
     if not model.exists():
@@ -131,7 +134,9 @@ def main() -> None:
     clocks = ["seconds"] if cuda else ["seconds", "idle_seconds"]
     costs = {clock: cost(runs[0], runs[1], clock, arguments.layers) for clock in clocks}
     figures: dict[str, Any] = {
-        "work": "full Hessians, factored" if arguments.hessians else "statistics",
+        "work": "full Hessians, factored" if arguments.hessians
+        else "statistics and gradients" if arguments.gradients
+        else "statistics",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "processors": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0],
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "layers": arguments.layers, "runs": runs,

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Any, Final
 from omnifp4.runtime.import_hook import install
 
 if TYPE_CHECKING:
-    from omnifp4.api import bench, calibrate, convert, dataset, evaluate, plan, quantize, repair, sensitivity, verify
+    from omnifp4.api import (
+        bench,
+        calibrate,
+        compare,
+        convert,
+        dataset,
+        evaluate,
+        plan,
+        quantize,
+        repair,
+        sensitivity,
+        speech_recipe,
+        verify,
+    )
     from omnifp4.chat import OmniChat
     from omnifp4.errors import OmniFP4Error
     from omnifp4.report.writing import write_report
@@ -22,6 +35,7 @@ __all__ = [
     "OmniFP4Error",
     "bench",
     "calibrate",
+    "compare",
     "convert",
     "dataset",
     "evaluate",
@@ -30,6 +44,7 @@ __all__ = [
     "quantize",
     "repair",
     "sensitivity",
+    "speech_recipe",
     "verify",
     "write_report",
 ]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from whole_model import Seen
 
+from torch_threads import one_torch_thread
+
 SAMPLES = 8
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Any:
-    """Two threads on matrices this small wait for each other for most of the time."""
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread() -> Iterator[None]:
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture

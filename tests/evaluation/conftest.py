@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 from evaluation_data import FEW
 
+from torch_threads import one_torch_thread
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As `suited_threads` has it: two threads on matrices this small wait for each other for most of the time."""
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    """As `suited_threads` has it."""
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture

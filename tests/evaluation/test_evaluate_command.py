@@ -62,6 +62,8 @@ def test_limits_decide_the_exit_status(
         (("--sensitivity", "--against", "y", "--min-top1", 0.5), "--min-top1 is not for --sensitivity"),
         (("--against", "y", "--limit", 3), "--limit is for --lm-eval or --sensitivity"),
         (("--against", "y", "--receipt", "/no/folder/r.json"), "cannot write /no/folder/r.json"),
+        (("--against", "y", "--receipt", "/"), "cannot write /: it is a folder"),
+        (("--against", "y", "--receipt", ""), "cannot write .: it is a folder"),
         (("--against", "/no/folder"), "/no/folder"),
     ],
 )

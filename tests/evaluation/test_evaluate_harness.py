@@ -108,6 +108,15 @@ def test_refusals(tiny_omni: Path, tasks: Path, thinker: Any) -> None:
         run(tiny_omni, tasks, "nowhere")
     with pytest.raises(OmniFP4Error, match="--min-accuracy is 2"):
         run(tiny_omni, tasks, "own_choices", min_accuracy=2.0)
+    for option, told in (
+        ({"limit": 0}, "--limit is 0 .1 or more"),
+        ({"few_shot": -1}, "--few-shot is -1 .0 or more"),
+        ({"batch_size": 0}, "batch_size is 0 .1 or more"),
+    ):
+        with pytest.raises(OmniFP4Error, match=told):
+            run(tiny_omni, tasks, "own_choices", **option)
+    with pytest.raises(OmniFP4Error, match="nowhere is no folder"):
+        run(tiny_omni, tasks / "nowhere", "own_choices")
     with pytest.raises(OmniFP4Error, match=r"no server answers at http://127.0.0.1:9"):
         run(tiny_omni, tasks, "own_choices", server="127.0.0.1:9")
     with (

@@ -25,6 +25,7 @@ pytest.importorskip("transformers")
         (({"messages": "Hi", "anwser": "x"},), "unknown key 'anwser' .allowed: id, task, messages, answer, speak"),
         (({"messages": []},), "line 1: the conversation is empty"),
         (({"messages": "Hi", "task": "t"},), "a task needs an answer"),
+        (({"messages": "Hi", "task": " ", "answer": "x"},), "line 1: the task's name is ' '"),
         (({"messages": "Hi", "answer": " "},), "the answer is empty"),
         (({"messages": "Hi", "answer": 3},), "answer is 3 .it must be a str"),
         (({"messages": "Hi", "speak": True},), "no answer that could be spoken"),
@@ -38,6 +39,17 @@ pytest.importorskip("transformers")
             ({"messages": [{"role": "user", "content": [{"image": "gone.png"}]}]},),
             "image 'gone.png' is missing: no file",
         ),
+        (
+            ({"messages": [{"role": "user", "content": [{"image": "FTP://x.y/z.png"}]}]},),
+            "image 'FTP://x.y/z.png' is on the network",
+        ),
+        (({"messages": [{"role": "user", "content": [{"image": "n" * 5000}]}]},), "is missing: no file"),
+        (({"messages": [{"role": "user", "content": [{"image": "a\0b"}]}]},), r"'a.x00b' is missing: no file"),
+        (("[" * 100_000,), "line 1: lists and objects are nested too deep"),
+        ((r'{"messages": "Hi", "answer": "\ud83d"}',), "line 1: answer holds half of a surrogate pair"),
+        ((r'{"messages": "Hi", "answer": "x", "id": "\udc00"}',), "line 1: id holds half of a surrogate pair"),
+        ((r'{"messages": "Hi", "answer": "x", "task": "\udc00"}',), "line 1: task holds half of a surrogate pair"),
+        ((r'{"messages": "\ud83d"}',), "half of a surrogate pair"),
     ],
 )
 def test_data(write_data: Callable[..., Path], lines: Any, told: str) -> None:
@@ -61,6 +73,53 @@ def test_forms_of_data(write_data: Callable[..., Path]) -> None:
     assert (first.answer, len(first.messages), first.modality) == ("Hello", 1, "text")
     assert (second.modality, second.name) == ("mixed", "line 2")
     assert second.messages[0]["content"][0]["audio"] == str(path.parent / "a.wav")
+
+
+def test_text_of_all_scripts(write_data: Callable[..., Path]) -> None:
+    """JSON need not escape U+2028, U+0085 and their kin, so none of them ends a line; a mark may stand at the start."""
+    from omnifp4.evaluation.data import read_data
+
+    said = "漢字 العربية 👩‍👩‍👧\u2028next\u0085\x7f\u2029\u202e\u200b"
+    raw = json.dumps({"messages": said, "answer": "はい\u2028🤷🏽"}, ensure_ascii=False)
+    path = write_data(f"\ufeff{raw}\r", "", json.dumps({"messages": "Hi", "answer": None, "task": None, "id": None}))
+    first, second = read_data(path)
+    assert first.messages[0]["content"][0]["text"] == said
+    assert (first.name, first.answer) == ("line 1", "はい\u2028🤷🏽")
+    assert (second.name, second.answer, second.task) == ("line 3", None, ""), "null is as good as missing"
+
+
+@pytest.mark.parametrize("form", ["relative", "absolute", "url", "URL"])
+def test_where_media_lie(write_data: Callable[..., Path], tmp_path: Path, form: str) -> None:
+    from omnifp4.evaluation.data import read_data
+
+    file = tmp_path / "a folder" / "ä 100 %.wav"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    named = {
+        "relative": "a folder/ä 100 %.wav",
+        "absolute": str(file),
+        "url": file.as_uri(),
+        "URL": file.as_uri().replace("file", "FILE"),
+    }[form]
+    (sample,) = read_data(write_data({"messages": [{"role": "user", "content": [{"audio": named}]}], "answer": "x"}))
+    assert sample.messages[0]["content"][0]["audio"] == str(file)
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"image": [[1, 2], [3]]}, "sample 'line 1': image: a value of type list is no image"),
+        ({"audio": [[0.1, 0.2], [0.3]]}, "sample 'line 1': audio: a value of type list is no audio"),
+        ({"video": [[1, [2]], [3]]}, "sample 'line 1': video: a value of type list is no image"),
+        ({"audio": [None, None]}, "audio of type object is not read"),
+    ],
+)
+def test_lists_that_are_no_media(write_data: Callable[..., Path], part: Any, told: str) -> None:
+    from omnifp4.evaluation.data import read_data, read_media
+
+    path = write_data({"messages": [{"role": "user", "content": [part]}], "answer": "x"})
+    with pytest.raises(OmniFP4Error, match=told):
+        read_media(read_data(path)[0])
 
 
 def test_damaged_media(write_data: Callable[..., Path], tiny_omni: Path, tmp_path: Path) -> None:
@@ -151,6 +210,22 @@ def test_what_makes_no_difference(tiny_omni: Path, tmp_path: Path) -> None:
     )
 
 
+def test_another_preprocessing_is_told(tiny_omni: Path, tmp_path: Path) -> None:
+    """Served, such a model sees other pixels than it is judged by."""
+    from omnifp4.evaluation.pair import open_pair
+
+    def darker(preprocessor: Any) -> None:
+        preprocessor["image_mean"] = [0.0, 0.0, 0.0]
+
+    def shorter(preprocessor: Any) -> None:
+        preprocessor["hop_length"] = 80
+
+    for name, edit, first in (("d", darker, "image_mean"), ("h", shorter, "hop_length")):
+        copy = changed(tiny_omni, tmp_path / name, "preprocessor_config.json", edit)
+        (note,) = open_pair(copy, tiny_omni).notes
+        assert note.startswith(f"the model's preprocessing is not the reference's, first in {first};")
+
+
 def test_too_large_for_memory(tiny_omni: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from omnifp4 import evaluate
     from omnifp4.evaluation import pair
@@ -166,6 +241,7 @@ def test_too_large_for_memory(tiny_omni: Path, few: Path, tmp_path: Path, monkey
         ({"dtype": "float16"}, "dtype is 'float16' .allowed: bfloat16, float32"),
         ({"max_kl": -1.0}, "--max-kl is -1.0"),
         ({"samples": 0}, "--samples is 0"),
+        ({"seed": -1}, "--seed is -1 .0 or more"),
         ({"layers": 0}, "--layers is 0"),
         ({"layers": 1, "max_kl": 1.0}, "limits are for logits"),
         ({"layers": 9}, "has 4 decoder layers"),

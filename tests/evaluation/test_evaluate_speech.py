@@ -50,6 +50,21 @@ def test_agreement_is_counted_over_the_references_codes() -> None:
     assert (found.frames, found.utterances, found.recognition, found.floor) == (4, 1, None, None)
 
 
+def test_later_codes_are_told_apart_from_first_ones() -> None:
+    """A record without them has none; a speech with a number that is not finite is counted once."""
+    reference = [said([[1, 2], [3, 4]]), said([[5, 6]])]
+    model = [
+        SpokenSide(reference[0], next_codes([0, 0, 0]), next_codes([0.25, 1.0])),
+        SpokenSide(reference[1], next_codes([0, 0]), next_codes([0.0, 9.0], 1)),
+    ]
+    found = result(reference, model, ["a", "b"])
+    assert found.later_code_kl_mean.value == pytest.approx(1.25 / 3)
+    assert found.later_code_agreement.value == pytest.approx(2 / 3)
+    assert (found.code_kl_mean.value, found.non_finite) == (0, 1)
+    silent = result(reference[:1], [SpokenSide(reference[0], next_codes([0, 0, 0]))], ["a"])
+    assert (silent.later_code_kl_mean, silent.later_code_agreement) == (None, None)
+
+
 def test_silence_agrees_with_silence_alone() -> None:
     spoken = SpokenSide(said([[1, 2]]), next_codes([0]))
     silent = SpokenSide(said([]), next_codes([0]))
@@ -148,13 +163,19 @@ def test_the_floor_changes_attention_in_talker_and_predictor_and_puts_it_back(ti
     other.speak(sample)
     assert set(asked) == {OTHER_ATTENTION}
     assert [config._attn_implementation for config in configs] == ["sdpa", "sdpa"]
+    codes = usual.next_codes(opening, first.codes)
     # Greedy codes are the likeliest ones, all before them given, where no penalty bent them.
     if opening.repetition_penalty == 1:
-        logits, followed = usual.next_codes(opening, first.codes)
-        assert (logits.argmax(-1)[:-1] == followed[:-1]).float().mean() > 0.9
-    logits, followed = usual.next_codes(opening, first.codes[:0])
-    assert logits.shape[0] == 1
-    assert followed.tolist() == [opening.eos]
+        assert (codes.first.argmax(-1)[:-1] == codes.followed[:-1]).float().mean() > 0.9
+    # None bends the later codes, and the code predictor sees the same states in one pass as step by step.
+    assert codes.later is not None
+    assert codes.later_followed is not None
+    assert codes.later.shape[0] == first.codes[:, 1:].size > 0
+    assert (codes.later.argmax(-1) == codes.later_followed).float().mean() > 0.95
+    codes = usual.next_codes(opening, first.codes[:0])
+    assert codes.first.shape[0] == 1
+    assert codes.followed.tolist() == [opening.eos]
+    assert codes.later is None
 
 
 def test_a_talker_without_numbers_is_named(tiny_omni: Path, few: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -90,6 +90,15 @@ def test_recipes_take_what_they_say(tiny_omni: Path, recipe: str, expected: set[
     assert {row.name for row in plan.components if row.scheme == "nvfp4"} == expected
 
 
+def test_the_speech_recipe_has_two_schemes_in_the_talker(tiny_omni: Path) -> None:
+    plan = omnifp4.plan(tiny_omni, recipe="nvfp4-speech")
+    quantized = {row.name: row.scheme for row in plan.components if row.scheme != "bf16"}
+    assert quantized == {
+        "thinker.attention": "nvfp4", "thinker.experts": "nvfp4", "talker.attention": "fp8", "talker.experts": "fp8",
+        "talker.shared_experts": "nvfp4",
+    }  # fmt: skip
+
+
 def test_overrides_win_over_the_recipe_and_a_component_over_its_part(tiny_omni: Path) -> None:
     plan = omnifp4.plan(tiny_omni, components=["talker=nvfp4", "talker.head=bf16", "thinker.attention=bf16"])
     schemes = {row.name: row.scheme for row in plan.components}
@@ -242,6 +251,13 @@ def test_the_released_layout_is_planned_from_headers_in_two_seconds(released_sta
     assert round(rows["thinker.experts"]["fp4_parameters"] / 1e6) == 28_991
     assert rows["thinker.experts"]["tensors"] == 48 * 128 * 3
     assert rows["vision_tower"]["fp4_parameters"] == 0
+
+
+def test_the_released_layout_with_what_speech_bears(released_stand_in: Path) -> None:
+    """What docs/recipes.md says; of ModelOpt's form, whose FP8 experts vLLM does not read, the plan tells."""
+    plan = omnifp4.plan(released_stand_in, recipe="nvfp4-speech")
+    assert plan.weight_bytes_after == 24_388_797_666
+    assert any("no experts in fp8" in note for note in plan.notes)
 
 
 def test_the_released_layout_with_the_talker_is_23_gigabytes(released_stand_in: Path) -> None:

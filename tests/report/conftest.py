@@ -20,6 +20,7 @@ def receipts(tiny_omni: Path, tiny_artifact: Path, tmp_path_factory: pytest.Temp
         "plan": omnifp4.plan(tiny_omni),
         "verification": omnifp4.verify(tiny_artifact, against=tiny_omni, threads=2),
         "evaluation": report_receipts.evaluation(),
+        "comparison": report_receipts.comparison(),
         "sensitivity": report_receipts.sensitivity(),
         "calibration": report_receipts.calibration(),
         "bench": report_receipts.bench(),

@@ -19,6 +19,14 @@ from omnifp4.receipt.bench import (
     Traffic,
 )
 from omnifp4.receipt.calibration import CalibrationReceipt, Cause, ExpertTokens, SampleFailure
+from omnifp4.receipt.comparison import (
+    ArtifactComparison,
+    ComparisonReceipt,
+    Finding,
+    ModalityDifference,
+    SpeechDifference,
+    TaskDifference,
+)
 from omnifp4.receipt.evaluation import (
     Divergence,
     Estimate,
@@ -90,6 +98,51 @@ def evaluation(model: str = "/home/somebody/out/tiny-omni-nvfp4") -> EvaluationR
         ),
         gates=(Gate(option="--max-kl", limit=0.05, value=0.031, where="audio", verdict=Verdict.PASS),),
         notes=(), verdict=Verdict.PASS, seconds=60, peak_memory_bytes=10**9, environment=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def comparison() -> ComparisonReceipt:
+    models = ("/home/somebody/out/sweep", "/home/somebody/out/importance-of-a-long-name", "/home/somebody/out/small")
+    evaluations = tuple(map(evaluation, models))
+    like = evaluations[0]
+    findings = (None, Finding.NEARER, Finding.SAME)
+    return ComparisonReceipt(
+        against=like.against, model_type=like.model_type, baseline=models[0], data="bundled",
+        data_sha256=like.data_sha256, samples=600, dtype="bfloat16", device="cpu", seed=0, resamples=2000,
+        artifacts=tuple(
+            _compared(model, finding, 0.03 * place) for place, (model, finding) in enumerate(zip(models, findings, strict=True))
+        ),
+        evaluations=evaluations, worth="nearer than sweep for more bytes: importance-of-a-long-name", notes=("12 intervals",),
+        verdict=Verdict.NOT_CHECKED, seconds=60.0, environment=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def _compared(model: str, finding: Finding | None, more: float) -> ArtifactComparison:
+    shared = {"recipe": "nvfp4-importance", "rule": "sweep", "weight_bytes": 16_400_000, "bits_per_weight": 11.88}
+    if finding is None:
+        return ArtifactComparison(
+            model=model, more_bytes=0.0, modalities=(), tasks=(), speech=None, finding=None, conclusion="the baseline",
+            verdict=Verdict.NOT_CHECKED, **shared,
+        )  # fmt: skip
+    less = Estimate(value=-0.004, low=-0.006, high=-0.002)
+    return ArtifactComparison(
+        model=model, more_bytes=more, finding=finding, conclusion="worth it where the bytes are: KL 1.50x lower (text)",
+        modalities=(
+            ModalityDifference(
+                modality="text", samples=232, positions=4_000, kl=0.008, baseline_kl=0.012, kl_difference=less,
+                kl_times=estimate(0.67), top1_difference=estimate(0.01), floor=9e-4, finding=finding,
+            ),
+        ),
+        tasks=(
+            TaskDifference(
+                task="picture digit", samples=130, baseline=0.98, artifact=0.99,
+                difference=Estimate(value=0.01, low=-0.01, high=0.03), lost=0, gained=1, finding=Finding.SAME,
+            ),
+        ),
+        speech=SpeechDifference(
+            utterances=27, code_agreement=estimate(0.02), code_kl=less, floor=1e-3, finding=Finding.TOO_FEW
+        ),
+        verdict=Verdict.NOT_CHECKED, **shared,
     )  # fmt: skip
 
 

@@ -55,7 +55,10 @@ def test_nothing_given() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda r: r.update(version=2), "field version: is 2; of a verification receipt this omnifp4 reads version 1"),
+        (
+            lambda r: r.update(version=2),
+            "field version: is 2; this omnifp4 reads version 1 of the verification receipt",
+        ),
         (lambda r: r.pop("version"), "field version: is 'missing'"),
         (lambda r: r.update(version="1"), "field version: is '1'"),
         (lambda r: r["checks"][3].update(verdict="maybe"), "field checks.3.verdict: .* not 'maybe'"),
@@ -80,6 +83,10 @@ def test_versions_inside_a_gathered_one_count(receipts: dict[str, Path], tmp_pat
     for change, told in (
         (lambda r: r["evaluations"][0].update(version=7), "field evaluations.0.version: is 7"),
         (lambda r: r["plan"].update(version=0), "field plan.version: is 0"),
+        (
+            lambda r: r["comparison"]["evaluations"][1].update(version=7),
+            r"field comparison\.evaluations\.1\.version: is 7",
+        ),
         (lambda r: r["files"].pop(), "field files: does not name what"),
     ):
         (tmp_path / "changed").mkdir(exist_ok=True)

@@ -72,6 +72,8 @@ def test_text_is_escaped_and_cleaned() -> None:
 def test_long_labels_lose_their_middle() -> None:
     assert shortened("short", 100) == "short"
     assert shortened("thinker.model.layers.31", 71) == "thin…rs.31"
+    assert shortened("画像の数字を読む", 71) == "画像…読む", "these letters take twice the room"
+    assert shortened("anything", 1) == "a…g"
 
 
 def test_small_components_become_one_row() -> None:

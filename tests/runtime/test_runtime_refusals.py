@@ -204,3 +204,24 @@ def test_what_cannot_fit(artifact: Callable[..., Path], monkeypatch: pytest.Monk
     monkeypatch.setattr("omnifp4.runtime.loading.available_bytes", lambda: 1_000_000)
     with pytest.raises(OmniFP4Error, match=r"weights take 0\.0 GB and cpu has 0\.0 GB free.*speech=False"):
         load(artifact(), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        ("tpu", "device is 'tpu' .allowed: auto, cpu, cuda"),
+        ("cuda:x", "device is 'cuda:x'"),
+        ("meta", "device is 'meta'"),
+        ("cuda", "device 'cuda' was asked for, and torch sees no GPU .omnifp4 doctor"),
+    ],
+)
+def test_devices_that_are_not_there(
+    artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, device: str, told: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from omnifp4.runtime import load
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OmniFP4Error, match=told):
+        load(artifact(), device=device)

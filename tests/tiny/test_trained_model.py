@@ -107,7 +107,7 @@ def test_held_out_digits_are_read_and_heard_also_in_fp4(
     assert counts == {"picture": PICTURES, "sound": RECORDINGS}
     before, after = (right(open_chat(name), held_out) for name in ("bf16", "nvfp4"))
     assert before["picture"] >= 0.97 * PICTURES
-    assert before["sound"] >= 0.95 * RECORDINGS
+    assert before["sound"] >= 0.97 * RECORDINGS
     # One point of so few is less than one sample.
     for kind, count in counts.items():
         assert after[kind] >= before[kind] - 0.01 * count, kind
@@ -121,7 +121,7 @@ def test_two_senses_are_brought_together(open_chat: Callable[[str], Any], held_o
         media = {"images": str(picture), "audios": str(sound)}
         good += answer(chat, "Add the two digits.", **media) == str(int(a) + int(b))
         good += answer(chat, "Which digit is larger?", **media) == max(a, b)
-    assert good >= 0.85 * 2 * len(pairs)
+    assert good >= 0.9 * 2 * len(pairs)
 
 
 def test_it_calculates_and_repeats(open_chat: Callable[[str], Any]) -> None:
@@ -194,3 +194,4 @@ def test_other_forms_of_the_same_digits(open_chat: Callable[[str], Any], held_ou
                     wrong[form].append(f"{file.name}: {said}")
     assert len(wrong) == 8
     assert all(len(one) <= 1 for one in wrong.values()), wrong
+    assert sum(map(len, wrong.values())) <= 2, wrong

@@ -69,6 +69,7 @@ def calibrate(
     all_expert_tokens: int = 2048,
     block_hessians: bool = True,
     speech: bool | None = None,
+    gradients: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> CalibrationReceipt:
@@ -87,6 +88,7 @@ def calibrate(
         all_expert_tokens: that every expert gets beside its own; 0 leaves it at its own.
         block_hessians: collect products within blocks of 16 inputs.
         speech: capture talker and code predictor; None: where the talker fits into memory.
+        gradients: collect squared gradients of the thinker's weights too, for a budget that chooses by them.
         resume: go on with what an interrupted run left in ``OUT.partial``.
         progress: called with work done, work in all, and what it is.
 
@@ -107,6 +109,7 @@ def calibrate(
         all_expert_tokens=all_expert_tokens,
         block_hessians=block_hessians,
         speech=speech,
+        gradients=gradients,
         resume=resume,
     )
     return run_capture(local_folder(str(model)), Path(out), data, settings, progress or (lambda *_: None))

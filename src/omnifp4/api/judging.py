@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from omnifp4.receipt.bench import BenchReceipt
+    from omnifp4.receipt.comparison import ComparisonReceipt
     from omnifp4.receipt.evaluation import EvaluationReceipt
     from omnifp4.receipt.sensitivity import SensitivityReceipt
+    from omnifp4.receipt.speech_search import SpeechSearchReceipt
 
 Progress = Callable[[int, int, str], None]
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -156,6 +158,60 @@ def evaluate(
     return run_evaluation(local_folder(str(model)), local_folder(str(against)), settings, progress)
 
 
+def compare(
+    models: Iterable[str | Path],
+    *,
+    against: str | Path,
+    baseline: str | Path | None = None,
+    data: str | Path = "bundled",
+    samples: int | None = None,
+    segmented: bool = False,
+    speech: bool = True,
+    floor: bool = True,
+    device: str = "auto",
+    dtype: str = "bfloat16",
+    cache: str | Path | None = None,
+    seed: int = 0,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    max_ppl_ratio: float | None = None,
+    min_accuracy: float | None = None,
+    max_accuracy_loss: float | None = None,
+    min_code_agreement: float | None = None,
+    progress: Progress | None = None,
+) -> ComparisonReceipt:
+    """Tell which of several artifacts of one checkpoint is worth it: what each loses, and the differences between them.
+
+    The reference runs once, every artifact on the same samples; differences and their intervals are of pairs of samples.
+
+    Args:
+        models: two or more checkpoint folders or Hub ids.
+        against: the wide checkpoint that all of them were made from.
+        baseline: one of `models`, with which the others are compared; the first if not given.
+
+    The other arguments are those of `evaluate`; limits are set to each artifact.
+
+    Returns:
+        The record, with the whole record of each evaluation.
+
+    Raises:
+        OmniFP4Error: fewer than two models, one given twice, a baseline that is none of them, or as `evaluate`.
+    """
+    from omnifp4.checkpoint.hub import local_folder
+    from omnifp4.errors import OmniFP4Error
+    from omnifp4.evaluation import Limits, Settings, default_cache, run_comparison
+
+    given = [str(model) for model in models]
+    if baseline is not None and str(baseline) not in given:
+        raise OmniFP4Error(f"baseline {str(baseline)!r} is none of the models", hint=f"allowed: {', '.join(given)}")
+    limits = Limits(max_kl, min_top1, max_ppl_ratio, min_accuracy, max_accuracy_loss, min_code_agreement)
+    kept = Path(cache) if cache is not None else default_cache()
+    settings = Settings(data, segmented, None, device, dtype, speech, floor, kept, samples, seed, limits)
+    number = 0 if baseline is None else given.index(str(baseline))
+    folders = [local_folder(model) for model in given]
+    return run_comparison(folders, local_folder(str(against)), settings, progress, baseline=number)
+
+
 def sensitivity(
     artifact: str | Path,
     *,
@@ -195,3 +251,54 @@ def sensitivity(
     kept = Path(cache) if cache is not None else default_cache()
     settings = SensitivitySettings(data, samples, alone, device, dtype, kept, seed, experts)
     return run_sensitivity(local_folder(str(artifact)), local_folder(str(against)), settings, progress)
+
+
+def speech_recipe(
+    model: str | Path,
+    *,
+    data: str | Path = "bundled",
+    samples: int | None = None,
+    base: str = "nvfp4",
+    schemes: Iterable[str] = ("nvfp4", "fp8"),
+    times_floor: float = 10.0,
+    name: str = "own-speech",
+    device: str = "auto",
+    cache: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SpeechSearchReceipt:
+    """Search which schemes a model's talker and code predictor bear, and make a recipe of it.
+
+    Args:
+        model: folder or Hub id of a wide checkpoint with a talker.
+        data: ``"bundled"``, or a JSONL file of conversations; those with an answer and ``"speak": true`` are spoken.
+        samples: use only the first so many of each task and modality.
+        base: recipe of the thinker.
+        schemes: to try; a component gets the smallest that its speech bears.
+        times_floor: a divergence up to so many times that of the noise floor is borne.
+        name: of the recipe.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` …
+        cache: folder in which an interrupted run goes on; the user's cache folder if not given.
+        seed: of the confidence intervals.
+        progress: called with steps done, steps in all, and what was worked on.
+
+    Returns:
+        The record; its `recipe`, written as JSON, is what ``--recipe FILE.json`` takes.
+
+    Raises:
+        OmniFP4Error: anything about the checkpoint, the data, memory or the settings that is not right.
+    """
+    from omnifp4.checkpoint.hub import local_folder
+    from omnifp4.errors import OmniFP4Error
+    from omnifp4.evaluation import SpeechSearchSettings, default_cache, search_speech
+    from omnifp4.formats.scheme import Scheme
+
+    wanted = list(schemes)
+    for scheme in wanted:
+        if scheme not in tuple(Scheme):
+            raise OmniFP4Error(f"scheme {scheme!r} is unknown", hint=f"allowed: {', '.join(Scheme)}")
+    kept = Path(cache) if cache is not None else default_cache()
+    settings = SpeechSearchSettings(
+        data, samples, base, tuple(Scheme(scheme) for scheme in wanted), times_floor, name, device, kept, seed
+    )
+    return search_speech(local_folder(str(model)), settings, progress)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from omnifp4.receipt.plan import PlanReceipt
     from omnifp4.receipt.quantization import QuantizationReceipt
     from omnifp4.receipt.repair import RepairReceipt
+    from omnifp4.receipt.sensitivity import SensitivityReceipt
     from omnifp4.receipt.verification import VerificationReceipt
 
 Progress = Callable[[int, int, str], None]
@@ -30,6 +31,8 @@ def plan(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     effective_bits: float | None = None,
     counted: str | None = None,
+    choose_by: str | None = None,
+    sensitivity: str | Path | None = None,
     statistics: str | Path | None = None,
     revision: str | None = None,
 ) -> PlanReceipt:
@@ -45,6 +48,9 @@ def plan(
         max_shard_bytes: largest shard file.
         effective_bits, counted: budget of a recipe that has one, and whether bits are counted as ``"stored"`` or
             ``"read"`` per token.
+        choose_by: what tells such a recipe how much a format costs: ``"output"``, ``"gradient"`` or ``"kl"``; see
+            `omnifp4.quantization.method.Score`. With a map it is ``"kl"`` if not given.
+        sensitivity: file of a sensitivity map, see `omnifp4.sensitivity`.
         statistics: a statistics file, for a recipe with a budget: which layers get what is then exact.
         revision: of a Hub id.
 
@@ -55,7 +61,7 @@ def plan(
     from omnifp4.quantization.plan import plan_job, plan_receipt
     from omnifp4.quantization.recipe import find_recipe, parse_overrides
 
-    chosen = find_recipe(recipe).with_rule(rule).with_budget(effective_bits, counted)
+    chosen = find_recipe(recipe).with_rule(rule).with_budget(effective_bits, counted, _score(choose_by, sensitivity))
     checkpoint = _headers(str(model), revision)
     job = plan_job(
         checkpoint,
@@ -64,6 +70,7 @@ def plan(
         output_format=find_format(format),
         max_shard_bytes=max_shard_bytes,
         statistics=_statistics(statistics, checkpoint),
+        sensitivity=_map(sensitivity),
     )
     return plan_receipt(job, Path(out) if out is not None else None)
 
@@ -79,6 +86,8 @@ def quantize(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     effective_bits: float | None = None,
     counted: str | None = None,
+    choose_by: str | None = None,
+    sensitivity: str | Path | None = None,
     statistics: str | Path | None = None,
     data: str | Path | None = None,
     device: str = "auto",
@@ -123,8 +132,9 @@ def quantize(
 
     out = Path(out)
     overrides, output_format = parse_overrides(components), find_format(format)
-    chosen = find_recipe(recipe).with_rule(rule).with_budget(effective_bits, counted)
+    chosen = find_recipe(recipe).with_rule(rule).with_budget(effective_bits, counted, _score(choose_by, sensitivity))
     refuse_existing(out)
+    drawn = _map(sensitivity)
 
     def prove(folder: Path) -> None:
         receipt = verify(folder, threads=threads)
@@ -149,6 +159,7 @@ def quantize(
             output_format=output_format,
             max_shard_bytes=max_shard_bytes,
             statistics=known,
+            sensitivity=drawn,
             threads=threads or default_threads(),
             progress=progress,
         )
@@ -156,13 +167,13 @@ def quantize(
     if is_hub_id(str(model)):
         # What headers tell is told before tens of gigabytes are fetched.
         planned = job_of(fetch_headers(str(model), revision), None)
-        check_calibration(planned, Calibration(_statistics(statistics, None), data, device))
+        check_calibration(planned, Calibration(_statistics(statistics, None), data, device, sensitivity=drawn))
         check_free_space(planned.output, out, None)
         folder = fetch_model(str(model), revision)
     else:
         folder = Path(model).expanduser()
     checkpoint = open_checkpoint(folder)
-    calibration = Calibration(_statistics(statistics, checkpoint), data, device)
+    calibration = Calibration(_statistics(statistics, checkpoint), data, device, sensitivity=drawn)
     job = job_of(checkpoint, calibration.statistics)
     return run_job(
         job,
@@ -253,3 +264,16 @@ def _statistics(path: str | Path | None, checkpoint: Checkpoint | None) -> Stati
     from omnifp4.calibration.statistics import open_statistics
 
     return open_statistics(path, checkpoint)
+
+
+def _score(choose_by: str | None, sensitivity: str | Path | None) -> str | None:
+    return "kl" if choose_by is None and sensitivity is not None else choose_by
+
+
+def _map(path: str | Path | None) -> SensitivityReceipt | None:
+    if path is None:
+        return None
+    from omnifp4.receipt.sensitivity import SensitivityReceipt
+    from omnifp4.report.reading import read_receipt
+
+    return read_receipt(Path(path), {"sensitivity": SensitivityReceipt})[0]

@@ -21,6 +21,8 @@ from typing import Any, Final
 import numpy as np
 
 from omnifp4.calibration.written_samples import ARITHMETIC, CHARTS, WRITTEN, Scene
+from omnifp4.checkpoint.output import write_text
+from omnifp4.evaluation.build_samples import message_of
 
 RATE: Final = 8000
 SIDE: Final = 64
@@ -69,9 +71,7 @@ def build(out: Path, data: Path, tokenizer: Any, seed: int) -> int:
     pictures, sounds = _pictures(out, arrays), _sounds(out, arrays, draw)
     lines = [*_written(), *_continued(arrays, tokenizer, draw), *_alone(pictures, sounds, draw)]
     lines += [*_scenes(out), *_numbers(out, arrays, draw), *_pairs(pictures, sounds, draw)]
-    partial = out / "samples.jsonl.partial"
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-    partial.replace(out / "samples.jsonl")
+    write_text(out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(lines)
 
 
@@ -153,7 +153,7 @@ def _numbers(out: Path, arrays: Any, draw: random.Random) -> Iterator[dict[str, 
         _write(out / name, wave)
         answer = " ".join(str(digit) for _, digit in said)
         yield {
-            "id": f"number {number}", "messages": _asked([("audio", name)], "Write down all digits that you hear."),
+            "id": f"number {number}", "messages": message_of([("audio", name)], "Write down all digits that you hear."),
             "answer": answer, "speak": number % 3 == 0,
         }  # fmt: skip
 
@@ -162,7 +162,7 @@ def _alone(pictures: list[Medium], sounds: list[Medium], draw: random.Random) ->
     for media, asked in ((pictures, PICTURE_ASKED), (sounds, SOUND_ASKED)):
         for number, medium in enumerate(media):
             yield {
-                "id": f"alone {medium.name}", "messages": _asked([(medium.kind, medium.name)], draw.choice(asked)),
+                "id": f"alone {medium.name}", "messages": message_of([(medium.kind, medium.name)], draw.choice(asked)),
                 "answer": str(medium.digit), "speak": number % 5 == 0,
             }  # fmt: skip
 
@@ -173,7 +173,7 @@ def _pairs(pictures: list[Medium], sounds: list[Medium], draw: random.Random) ->
         draw.shuffle(media)
         asked, work = PAIR_ASKED[number % len(PAIR_ASKED)]
         yield {
-            "id": f"pair {number}", "messages": _asked([(one.kind, one.name) for one in media], asked),
+            "id": f"pair {number}", "messages": message_of([(one.kind, one.name) for one in media], asked),
             "answer": str(work(media[0].digit, media[1].digit)),
         }  # fmt: skip
 
@@ -183,7 +183,7 @@ def _scenes(out: Path) -> Iterator[dict[str, Any]]:
         name = f"drawn_{number}.png"
         _draw(scene).save(out / name, optimize=True)
         for turn, (asked, answer) in enumerate(scene.asked):
-            yield {"id": f"drawn {number}.{turn}", "messages": _asked([("image", name)], asked), "answer": answer}
+            yield {"id": f"drawn {number}.{turn}", "messages": message_of([("image", name)], asked), "answer": answer}
 
 
 def _draw(scene: Scene) -> Any:
@@ -196,11 +196,6 @@ def _draw(scene: Scene) -> Any:
     for text, (x, y), size in scene.texts:
         pen.text((x, y), text, fill="black", font=ImageFont.load_default(size))
     return image
-
-
-def _asked(media: list[tuple[str, str]], text: str) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [{"type": kind, kind: name} for kind, name in media]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def main() -> None:

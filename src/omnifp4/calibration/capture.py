@@ -12,6 +12,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from omnifp4.calibration.fingerprint import model_fingerprint
+from omnifp4.calibration.gradients import collect_gradients
 from omnifp4.calibration.preparation import Preparation, Progress, layer_count, prepare
 from omnifp4.calibration.record import calibration_receipt, components, expert_tokens
 from omnifp4.calibration.running import run_layers
@@ -31,6 +32,7 @@ MAX_FAILED: Final = 0.05
 TOWERS_UNIT: Final = "towers"
 HEAD_UNIT: Final = "head"
 SPEECH_UNIT: Final = "speech"
+GRADIENTS_UNIT: Final = "gradients"
 STATES_UNIT: Final = "spoken states"
 """What the talker will read of the thinker; not in the file."""
 
@@ -48,6 +50,7 @@ class CaptureSettings:
         all_expert_tokens: that every expert gets beside; 0 collects routed statistics only.
         block_hessians: collect products within blocks of 16 inputs: sixteen times the size.
         speech: capture talker and code predictor: None where it can be done.
+        gradients: squared gradients of the thinker's weights too.
         resume: go on with what an interrupted run left.
     """
 
@@ -60,6 +63,7 @@ class CaptureSettings:
     all_expert_tokens: int = ALL_EXPERT_TOKENS
     block_hessians: bool = True
     speech: bool | None = None
+    gradients: bool = False
     resume: bool = False
 
 
@@ -103,6 +107,8 @@ def capture(prepared: Preparation, out: Path, settings: CaptureSettings, progres
         "dtype": str(prepared.dtype), "device": prepared.device.type, "all_expert_tokens": settings.all_expert_tokens,
         "block_hessians": settings.block_hessians,
     }  # fmt: skip
+    if settings.gradients:
+        job["gradients"] = settings.seed
     with Staging(out, job, resume=settings.resume) as staging:
         run = _Capture(prepared, settings, staging, progress)
         if not silent and run.began_without_speech:
@@ -115,6 +121,8 @@ def capture(prepared: Preparation, out: Path, settings: CaptureSettings, progres
             resumed = run.layers(spoken=not silent)
             if not silent:
                 run.speech()
+            if settings.gradients:
+                run.gradients()
         except BaseException:
             if not staging.finished:
                 # There is nothing in it to go on with.
@@ -187,6 +195,14 @@ class _Capture:
             capture_speech(self.prepared, states, collector, self.tell)
             self._write(SPEECH_UNIT, collector)
 
+    def gradients(self) -> None:
+        """Collect squared gradients, unless an earlier run has. What is interrupted here begins anew."""
+        self.units.append(GRADIENTS_UNIT)
+        if GRADIENTS_UNIT not in self.staging.finished:
+            found, count = collect_gradients(self.prepared, seed=self.settings.seed, progress=self.tell)
+            more = {"weights": {}, "experts": {}, "failures": [], "positions": count}
+            write_part(self.staging, GRADIENTS_UNIT, found, more)
+
     @property
     def weights(self) -> dict[str, str]:
         """Banks of plain linears."""
@@ -210,6 +226,7 @@ class _Capture:
             tensors=checksums(self.staging, self.units),
             resumed=resumed,
             begin=begin,
+            gradient_positions=self.staging.finished[GRADIENTS_UNIT]["positions"] if self.settings.gradients else 0,
         )
 
     def _visit(self, visit: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omnifp4.calibration.preparation import Preparation, Progress, layer_count, prepare
 from omnifp4.calibration.record import NOT_VISITED, calibration_receipt, components, expert_tokens
@@ -37,6 +37,8 @@ class LayerInputs(ABC):
         name: checkpoint name, such as ``thinker.model.layers.3``.
         names: checkpoint names of all its linears' and experts' weights.
         device: where weights, Hessians and samples are.
+        module: the layer itself.
+        runs: every sample through it; empty unless `visit_layers` was asked for them.
     """
 
     layer: int
@@ -44,10 +46,16 @@ class LayerInputs(ABC):
     name: str
     names: tuple[str, ...]
     device: torch.device
+    module: nn.Module
+    runs: tuple[LayerRun, ...]
 
     @abstractmethod
     def weight(self, weight_name: str) -> Tensor:
-        """The wide weight ``[out, in]`` as the layer runs with it, a view: do not write to it."""
+        """The wide weight ``[out, in]`` as the layer runs with it, a view: who writes to it puts it back."""
+
+    @abstractmethod
+    def gradient(self, weight_name: str) -> Tensor | None:
+        """That of the weight, a view too; None where there is none."""
 
     @abstractmethod
     def source(self, weight_name: str) -> Source:
@@ -96,6 +104,16 @@ class Limits:
     sample_inputs: int
     least_tokens: int
     most_tokens: int
+    runs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """One sample through the layer: what it reads and what it gives, ``(1, tokens, hidden)``, and its other arguments."""
+
+    before: Tensor
+    given: Tensor
+    named: Mapping[str, Any]
 
 
 def visit_layers(
@@ -112,6 +130,7 @@ def visit_layers(
     max_failed: float = 0.05,
     samples: int | None = None,
     seed: int = 0,
+    runs: bool = False,
     progress: Progress | None = None,
 ) -> CalibrationReceipt:
     """Run a calibration set through a model, and show each decoder layer with its inputs.
@@ -128,6 +147,7 @@ def visit_layers(
         most_tokens: of the set that Hessians are made of, spread evenly; they stay in memory for one layer.
         max_failed: share of samples that may fail.
         samples, seed: how many conversations of the set, and the seed of their choice; None takes all, and 60 of the bundled.
+        runs: keep what the layer reads and gives for every sample: twice the hidden states of the set.
         progress: called with bytes of weights used, bytes in all, and what is being done.
 
     Raises:
@@ -142,7 +162,7 @@ def visit_layers(
         model, data, samples=samples, seed=seed, device=device, dtype=dtype, max_failed=max_failed,
         progress=lambda done, total, item: tell(done, total, f"reading {item}"),
     )  # fmt: skip
-    limits = Limits(sample_inputs, least_tokens, most_tokens)
+    limits = Limits(sample_inputs, least_tokens, most_tokens, runs)
     return visit_prepared(prepared, visitor, limits, sequential=sequential, progress=tell)
 
 
@@ -180,7 +200,9 @@ class _Kept(LayerInputs):
 
     def __init__(self, visit: Any, layers: int, limits: Limits) -> None:
         self.layer, self.layers, self.name = visit.layer, layers, visit.name
-        self.device = visit.before.device
+        self.device, self.module = visit.before.device, visit.module
+        self.runs = ()
+        self._runs: list[LayerRun] = []
         self._limits = limits
         self._modules: Mapping[str, Any] = visit.modules
         self._banks: dict[str, str] = {}
@@ -194,6 +216,8 @@ class _Kept(LayerInputs):
     def add(self, visit: Any, prepared: Preparation, rows: slice) -> None:
         """Keep some of one sample's inputs."""
         kept: set[str] = set()
+        if self._limits.runs:
+            self._runs.append(LayerRun(visit.before.clone(), visit.given.clone(), visit.named))
         for name, inputs in visit.inputs.items():
             if name.endswith(".experts"):
                 self._chosen.setdefault(name, []).append(visit.routing.experts[rows].clone())
@@ -209,6 +233,7 @@ class _Kept(LayerInputs):
 
     def close(self) -> None:
         """All samples have passed."""
+        self.runs = tuple(self._runs)
         self._whole = {bank: torch.cat(self._parts.pop(bank)) for bank in list(self._parts)}
         for name, chosen in self._chosen.items():
             module, sent = self._modules[name], torch.cat(chosen)
@@ -224,15 +249,24 @@ class _Kept(LayerInputs):
 
     def weight(self, weight_name: str) -> Tensor:
         """See `LayerInputs.weight`."""
+        parameter, part = self._parameter(weight_name)
+        return part(parameter.data)
+
+    def gradient(self, weight_name: str) -> Tensor | None:
+        """See `LayerInputs.gradient`."""
+        parameter, part = self._parameter(weight_name)
+        return None if parameter.grad is None else part(parameter.grad)
+
+    def _parameter(self, weight_name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The parameter that holds a weight, and what takes the weight out of it or out of what is shaped alike."""
         match = EXPERT_WEIGHT.fullmatch(weight_name)
         if match is None or match["experts"] not in self._groups:
-            found: Tensor = self._modules[weight_name.removesuffix(".weight")].weight
-            return found.data
+            return cast(Tensor, self._modules[weight_name.removesuffix(".weight")].weight), lambda whole: whole
         module, number = self._groups[match["experts"]].module, int(match["number"])
         if match["part"] == "down_proj":
-            return cast(Tensor, module.down_proj.data[number])
-        gate, up = module.gate_up_proj.data[number].chunk(2)
-        return cast(Tensor, gate if match["part"] == "gate_proj" else up)
+            return module.down_proj, lambda whole: whole[number]
+        half = 0 if match["part"] == "gate_proj" else 1
+        return module.gate_up_proj, lambda whole: whole[number].chunk(2)[half]
 
     def source(self, weight_name: str) -> Source:
         """See `LayerInputs.source`."""

@@ -18,6 +18,7 @@ from omnifp4.errors import OmniFP4Error
 from omnifp4.evaluation.threads import suited_threads
 from omnifp4.models.base import TensorSpec
 from omnifp4.models.source import match_source
+from omnifp4.runtime.devices import find_device
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -117,28 +118,6 @@ def prepare(
         checkpoint, linears, chosen.name, tuple(sequences), sequences_digest(sequences), failures, dict(left_out),
         target, DTYPES[dtype],
     )  # fmt: skip
-
-
-def find_device(name: str) -> torch.device:
-    """``auto`` takes the first GPU, or the CPU.
-
-    Raises:
-        OmniFP4Error: no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OmniFP4Error(f"device is {name!r}", hint="allowed: auto, cpu, cuda, cuda:0 …") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OmniFP4Error(f"device {name!r} was asked for, and torch sees no GPU", hint="omnifp4 doctor tells why")
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    """As a receipt tells it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def layer_width(checkpoint: Checkpoint) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from omnifp4.calibration.fingerprint import model_fingerprint
-from omnifp4.calibration.preparation import Preparation, device_name
+from omnifp4.calibration.preparation import Preparation
 from omnifp4.calibration.statistics import EXPERT_WEIGHT
+from omnifp4.evaluation.devices import name_of_device
 from omnifp4.models.base import Kind, Part
 from omnifp4.receipt.base import as_text, this_environment
 from omnifp4.receipt.calibration import CalibrationReceipt, ExpertTokens
@@ -83,6 +84,7 @@ def calibration_receipt(
     tensors: Mapping[str, int],
     resumed: int,
     begin: float,
+    gradient_positions: int = 0,
 ) -> CalibrationReceipt:
     """The record of a run.
 
@@ -93,6 +95,7 @@ def calibration_receipt(
         tensors: checksums of the file's tensors.
         resumed: layers that an earlier run had done.
         begin: `time.monotonic` when the run began.
+        gradient_positions: that squared gradients are of.
     """
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return CalibrationReceipt(
@@ -111,10 +114,11 @@ def calibration_receipt(
         not_captured=missing,
         block_hessians=block_hessians,
         dtype=str(prepared.dtype).removeprefix("torch."),
-        device=device_name(prepared.device),
+        device=name_of_device(prepared.device),
         tensors=dict(tensors),
         resumed_layers=resumed,
         seconds=time.monotonic() - begin,
         peak_memory_bytes=used if sys.platform == "darwin" else used * 1024,
         environment=this_environment(),
+        gradient_positions=gradient_positions,
     )

@@ -72,6 +72,20 @@ class InputStatistics:
     source: Source = ROUTED
 
 
+@dataclass(frozen=True)
+class GradientStatistics:
+    """Squared gradients of one weight, in two factors: ``rows[o] * columns[i] / rows.sum()`` stands for that of weight
+    ``[o, i]``, per position of the answers; see `omnifp4.segments.gradients.run_gradients`.
+
+    Attributes:
+        rows: float32 ``[out]``.
+        columns: float32 ``[in]``.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """Where one weight's statistics are."""
@@ -159,6 +173,24 @@ class Statistics:
         tokens = int(found.pop("tokens"))
         return InputStatistics(tokens=tokens, source=source, block_hessian=found.pop("block_hessian", None), **found)
 
+    def gradient(self, weight_name: str) -> GradientStatistics:
+        """Squared gradients of one weight, zero for an expert that no token came to.
+
+        Raises:
+            OmniFP4Error: the file has none of this weight.
+        """
+        match = EXPERT_WEIGHT.fullmatch(weight_name)
+        number = int(match["number"]) if match else 0
+        module = f"{match['experts']}.{match['part']}" if match else weight_name.removesuffix(".weight")
+        entries = [self._entries.get(name) for name in gradient_names(module)]
+        rows, columns = (self._read_row(entry, number) if entry is not None else None for entry in entries)
+        if rows is None or columns is None or not self.receipt.gradient_positions:
+            raise OmniFP4Error(
+                f"{self.path}: no gradients of {weight_name!r}",
+                hint="omnifp4 calibrate MODEL FILE --gradients collects them",
+            )
+        return GradientStatistics(rows / self.receipt.gradient_positions, columns / self.receipt.gradient_positions)
+
     def _all_names(self) -> Iterator[str]:
         yield from self._index.weights
         for experts, count in self._index.experts.items():
@@ -192,7 +224,9 @@ class Statistics:
     def _read(self, row: _Row, source: Source, field: str) -> Tensor:
         entry = self._entries[self._name(row, source, field)]
         # Statistics of all tokens have one row where all experts read the same input.
-        number = min(row.row, entry.shape[0] - 1)
+        return self._read_row(entry, min(row.row, entry.shape[0] - 1))
+
+    def _read_row(self, entry: TensorEntry, number: int) -> Tensor:
         size = entry.nbytes // entry.shape[0]
         raw = torch.empty(size, dtype=torch.uint8)
         _read_into(self._descriptor, raw.numpy().data, entry.begin + number * size, self.path)
@@ -210,6 +244,15 @@ class _Index:
 
     weights: Mapping[str, str]
     experts: Mapping[str, int]
+
+
+def gradient_names(module: str) -> tuple[str, str]:
+    """Tensors of a weight's squared gradients: by output, by input.
+
+    Args:
+        module: of a plain linear; of experts ``….mlp.experts.gate_proj`` and so on, all of them in one.
+    """
+    return f"{module}.gradient.rows", f"{module}.gradient.columns"
 
 
 def expert_bank(experts: str, part: str) -> str:

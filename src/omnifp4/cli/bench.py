@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from omnifp4.cli import options
-from omnifp4.cli.output import Output
+from omnifp4.cli.output import Output, check_receipt
 from omnifp4.cli.talk import hush_libraries
 
 
@@ -44,7 +44,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Shortest context and longest prompt only.")] = False,
     cell_seconds: Annotated[float, typer.Option(help="About how long the repeats of one figure may take.")] = 15.0,
     speech_seconds: Annotated[float, typer.Option(help="Sound made in a repeat, with --parts all.")] = 8.0,
-    seed: Annotated[int, typer.Option(help="Of prompts and synthetic weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts and synthetic weights.")] = 0,
     server: Annotated[
         str | None,
         typer.Option(
@@ -80,8 +80,7 @@ def bench(
     from omnifp4.report.bench_card import bench_text
 
     output = Output(as_json=as_json)
-    if receipt is not None and not receipt.parent.is_dir():
-        raise OutputError(f"cannot write {receipt}: {receipt.parent} is no folder", hint="make it first")
+    check_receipt(receipt)
     if server is not None:
         from omnifp4.cli.bench_server import bench_server
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from omnifp4.cli import options
-from omnifp4.cli.output import Output
+from omnifp4.cli.output import Output, check_receipt
 from omnifp4.cli.talk import hush_libraries
 
 
@@ -44,6 +44,14 @@ def calibrate(
             help="Talker and code predictor too; if not given, where the talker fits into memory.",
         ),
     ] = None,
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients",
+            help="Squared gradients of the thinker's weights too, for --choose-by gradient: all samples go back through "
+            "the layers once.",
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what an interrupted run left in STATISTICS.partial.")
     ] = False,
@@ -61,14 +69,13 @@ def calibrate(
     from omnifp4.report.calibration import calibration_text
 
     output = Output(as_json=as_json)
-    if receipt is not None and not receipt.parent.is_dir():
-        raise OutputError(f"cannot write {receipt}: {receipt.parent} is no folder", hint="make it first")
+    check_receipt(receipt)
     hush_libraries()
     with output.steps("calibrate") as steps:
         found = run(
             model, statistics, data=data, samples=samples, seed=seed, device=device, dtype=dtype,
             max_failed=max_failed, least_tokens=least_tokens, all_expert_tokens=all_expert_tokens,
-            block_hessians=block_hessians, speech=speech, resume=resume, progress=steps,
+            block_hessians=block_hessians, speech=speech, gradients=gradients, resume=resume, progress=steps,
         )  # fmt: skip
     if receipt is not None:
         try:

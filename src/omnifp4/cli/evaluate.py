@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from omnifp4.cli import options
-from omnifp4.cli.output import Output
+from omnifp4.cli.output import Output, check_receipt
 from omnifp4.cli.talk import hush_libraries
 from omnifp4.errors import OmniFP4Error
 
@@ -17,7 +17,7 @@ SENSITIVITY_SAMPLES: Final = 2
 """Of each task, where --samples is not given: every layer is run over all of them."""
 
 
-SHARED: Final = frozenset({"model", "receipt", "as_json", "device", "dtype", "seed"})
+SHARED: Final = frozenset({"models", "receipt", "as_json", "device", "dtype", "seed"})
 FOR_LM_EVAL: Final = SHARED | {
     "lm_eval", "against", "server", "server_model", "chat", "few_shot", "task_folder", "limit", "min_accuracy",
 }  # fmt: skip
@@ -30,9 +30,18 @@ ELSEWHERE: Final = (
 
 def evaluate(
     context: typer.Context,
-    model: options.Model,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="A checkpoint folder or a Hub id; several are compared, sample by sample, each with the first.",
+        ),
+    ],
     against: Annotated[
         str | None, typer.Option(metavar="REFERENCE", help="The wide checkpoint that MODEL was made from.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Of several: the one that the others are compared with.")
     ] = None,
     data: Annotated[
         str, typer.Option(metavar="FILE", help="JSONL of conversations with media paths; or the bundled samples.")
@@ -63,7 +72,7 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where the reference's results are kept between runs.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the confidence intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the confidence intervals.")] = 0,
     max_kl: Annotated[float | None, typer.Option(help="Limit of the mean KL divergence in any modality, nats.")] = None,
     min_top1: Annotated[
         float | None, typer.Option(help="Limit of the top-1 agreement in any modality, 0 to 1.")
@@ -101,13 +110,16 @@ def evaluate(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Tell what a model loses against its reference, by modality. Exit status 1 if a limit is broken."""
+    """Tell what a model loses against its reference, by modality; of several, which is worth it.
+
+    Exit status 1 if a limit is broken.
+    """
     from omnifp4.receipt.base import Verdict
     from omnifp4.report.evaluation import evaluation_text, harness_text
 
+    model = models[0]
     output = Output(as_json=as_json)
-    if receipt is not None and not receipt.parent.is_dir():
-        raise OmniFP4Error(f"cannot write {receipt}: {receipt.parent} is no folder", hint="make it first")
+    check_receipt(receipt)
     if segmented or layers is not None:
         # Read when torch is imported. Threads of the arithmetic that spin while they wait take the cores from those that
         # read ahead: on two cores that halves the speed.
@@ -119,6 +131,7 @@ def evaluate(
         _refuse(context, FOR_LM_EVAL, "is not for --lm-eval")
         if against is not None:
             raise OmniFP4Error("--lm-eval judges one model", hint="leave --against out, and run it once for each")
+        _refuse_several(models, "--lm-eval")
         tasks = [task.strip() for task in lm_eval.split(",") if task.strip()]
         harness = run_harness(
             model, tasks, server=server, server_model=server_model, chat=chat, task_folder=task_folder,
@@ -131,6 +144,7 @@ def evaluate(
         return
     if sensitivity:
         _refuse(context, FOR_SENSITIVITY, "is not for --sensitivity")
+        _refuse_several(models, "--sensitivity")
         if against is None:
             raise OmniFP4Error(
                 "--sensitivity needs --against REFERENCE", hint="the wide checkpoint MODEL was made from"
@@ -150,6 +164,28 @@ def evaluate(
         raise OmniFP4Error("evaluate needs --against REFERENCE, or --lm-eval TASKS")
     every = frozenset(parameter.name or "" for parameter in context.command.params)
     _refuse(context, every - ELSEWHERE, "is for --lm-eval or --sensitivity")
+    if len(models) > 1:
+        if layers is not None:
+            raise OmniFP4Error("--layers compares hidden states of one model", hint="give one MODEL, or leave it out")
+        from omnifp4.api import compare
+        from omnifp4.report.comparison import comparison_text
+
+        with output.steps("compare") as steps:
+            compared = compare(
+                models, against=against, baseline=baseline, data=data, samples=samples, segmented=segmented, speech=speech,
+                floor=floor, device=device, dtype=dtype, cache=cache, seed=seed, max_kl=max_kl, min_top1=min_top1,
+                max_ppl_ratio=max_ppl_ratio, min_accuracy=min_accuracy, max_accuracy_loss=max_accuracy_loss,
+                min_code_agreement=min_code_agreement, progress=steps,
+            )  # fmt: skip
+        _write(receipt, compared.model_dump_json(indent=2))
+        output.result(compared, comparison_text(compared))
+        if compared.verdict is Verdict.FAIL:
+            raise typer.Exit(1)
+        return
+    if baseline is not None:
+        raise OmniFP4Error(
+            "--baseline is for several models", hint="name them all: omnifp4 evaluate A B --against MODEL"
+        )
     from omnifp4.api import evaluate as run
 
     with output.steps("evaluate") as steps:
@@ -172,6 +208,11 @@ def _refuse(context: typer.Context, allowed: frozenset[str], why: str) -> None:
         source = context.get_parameter_source(name)
         if name not in allowed and source is not None and source.name == "COMMANDLINE":
             raise OmniFP4Error(f"{parameter.opts[0]} {why}", hint="leave one of them out")
+
+
+def _refuse_several(models: list[str], option: str) -> None:
+    if len(models) > 1:
+        raise OmniFP4Error(f"{option} judges one model, not {len(models)}", hint="run it once for each")
 
 
 def _write(path: Path | None, text: str) -> None:

@@ -22,6 +22,7 @@ from omnifp4.cli import (
     quantize,
     report,
     serve,
+    speech_recipe,
     talk,
     verify,
 )
@@ -53,6 +54,7 @@ app.add_typer(engine.app, name="engine")
 app.command("report")(report.report)
 app.command("bench")(bench.bench)
 app.command("evaluate")(evaluate.evaluate)
+app.command("speech-recipe")(speech_recipe.speech_recipe)
 app.command("doctor")(doctor.doctor)
 app.command("diagnose")(doctor.diagnose)
 
@@ -89,7 +91,7 @@ def run() -> None:
             raise
         resumable = sys.argv[1:2] in (["quantize"], ["calibrate"], ["convert"], ["repair"])
         more = "; a run with --resume goes on where this one stopped" if resumable else ""
-        if sys.argv[1:2] == ["evaluate"]:
+        if sys.argv[1:2] in (["evaluate"], ["speech-recipe"]):
             more = "; the same command goes on where this one stopped"
         sys.stderr.write(f"interrupted{more}\n")
         sys.exit(INTERRUPTED)

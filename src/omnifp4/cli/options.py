@@ -24,7 +24,7 @@ RecipeName = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME",
-        help="nvfp4, nvfp4-mlp, nvfp4-thinker-talker; those that look at inputs: nvfp4-w4a4, -importance, -local-hessian, "
+        help="nvfp4, nvfp4-mlp, nvfp4-thinker-talker, nvfp4-speech; those that look at inputs: nvfp4-w4a4, -importance, -local-hessian, "
         "-gptq, -awq-lite, -awq-full, -svdquant, -signround, -auto; or a .json file of your own.",
     ),
 ]
@@ -46,6 +46,23 @@ Counted = Annotated[
     str | None,
     typer.Option(
         "--count-bits", metavar="stored|read", help="Budget of nvfp4-auto counts weights once, or as tokens read them."
+    ),
+]
+ChooseBy = Annotated[
+    str | None,
+    typer.Option(
+        "--choose-by",
+        metavar="output|gradient|kl",
+        help="What nvfp4-auto takes a format to cost: the lost share of outputs, squared gradients (calibrate --gradients), "
+        "or the divergence in a sensitivity map.",
+    ),
+]
+SensitivityMap = Annotated[
+    Path | None,
+    typer.Option(
+        "--sensitivity",
+        metavar="FILE",
+        help="What evaluate --sensitivity --receipt wrote of a plain nvfp4 artifact: nvfp4-auto then chooses by kl.",
     ),
 ]
 Components = Annotated[

@@ -22,6 +22,8 @@ def plan(
     component: options.Components = None,
     effective_bits: options.EffectiveBits = None,
     count_bits: options.Counted = None,
+    choose_by: options.ChooseBy = None,
+    sensitivity: options.SensitivityMap = None,
     statistics: options.StatisticsFile = None,
     max_shard_size: options.ShardSize = "5GB",
     revision: options.Revision = None,
@@ -42,6 +44,8 @@ def plan(
         max_shard_bytes=options.parse_size(max_shard_size),
         effective_bits=effective_bits,
         counted=count_bits,
+        choose_by=choose_by,
+        sensitivity=sensitivity,
         statistics=statistics,
         revision=revision,
     )

@@ -21,6 +21,8 @@ def quantize(
     component: options.Components = None,
     effective_bits: options.EffectiveBits = None,
     count_bits: options.Counted = None,
+    choose_by: options.ChooseBy = None,
+    sensitivity: options.SensitivityMap = None,
     statistics: options.StatisticsFile = None,
     data: Annotated[
         str | None,
@@ -53,6 +55,8 @@ def quantize(
             max_shard_bytes=options.parse_size(max_shard_size),
             effective_bits=effective_bits,
             counted=count_bits,
+            choose_by=choose_by,
+            sensitivity=sensitivity,
             statistics=statistics,
             data=data,
             device=device,

@@ -12,7 +12,7 @@ from typing import Final
 
 from omnifp4.doctor.versions import Span
 
-RULES_VERSION: Final = 1
+RULES_VERSION: Final = 2
 """Raised when a row changes what it says."""
 
 TRANSFORMERS, VLLM, VLLM_OMNI = "Transformers + omnifp4", "vLLM", "vLLM-Omni"
@@ -53,6 +53,10 @@ VLLM_WITH_OMNI_THINKER: Final = Span("0.12")
 VLLM_READ: Final = Span("0.20", "0.33")
 VLLM_NAMELESS_HEAD: Final = Span("0.26", "0.33")
 """Builds an omni thinker's ``lm_head`` without a name, so no ModelOpt entry can exclude it."""
+VLLM_SCHEMES_READ: Final = Span("0.32", "0.32")
+"""Whose code for FP8, MXFP4 and INT8 was read: all of compressed-tensors; of ModelOpt's form FP8 linears alone."""
+VLLM_MODELOPT_UNREAD: Final = Span("", "0.32")
+"""Reads neither MXFP4 nor INT8 from ModelOpt's form, nor experts in FP8 with a scale for each channel."""
 VLLM_OMNI_READ: Final = Span("0.26", "0.30")
 VLLM_OMNI_RELEASES: Final = Span("0.14", "0.30")
 VLLM_OMNI_WITHOUT_MAPPER: Final = Span("0.26", "0.26")
@@ -100,6 +104,9 @@ INVENTED_METHODS: Final = ("fp4", "nvfp4", "nvfp4_awq", "fp4_runtime", "w4a16_nv
 """Values of ``quantization=`` that people write and vLLM does not have."""
 
 CONVERT: Final = "omnifp4 convert {model} OUT --format compressed-tensors"
+INSTEAD_OF_BRANCHES: Final = (
+    "omnifp4 serve {model} runs it here; for this engine quantize the original again, as with --recipe nvfp4-gptq"
+)
 TO_MODELOPT: Final = "omnifp4 convert {model} OUT --format modelopt"
 
 

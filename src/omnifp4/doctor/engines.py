@@ -274,7 +274,9 @@ def _edge_llm(question: Question) -> EngineRow:
     if facts.model_type == "qwen3_omni_moe" and numbers(version) < (0, 9):
         original = CANNOT
         judged.say(CANNOT, f"TensorRT-Edge-LLM {version} does not know Qwen3-Omni", "0.9.0 or later")
-    if facts.kind is Kind.NVFP4 and facts.dialect != "modelopt":
+    if facts.branches:
+        read.say(CANNOT, "it is SVDQuant, whose low-rank branches only omnifp4 runs", rules.INSTEAD_OF_BRANCHES)
+    elif facts.kind is Kind.NVFP4 and facts.dialect != "modelopt":
         read.say(CANNOT, f"it takes ModelOpt's form; it refused {facts.dialect} in 0.9.1", rules.TO_MODELOPT)
     elif facts.kind is Kind.NVFP4 and facts.model_type == "qwen3_omni_moe":
         read.say(CAN, "ModelOpt's form; towers, code2wav, talker projections and the code predictor's head stay FP16")

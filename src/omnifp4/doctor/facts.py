@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from omnifp4.checkpoint.artifact import ENGINE_PLACE, find_claims, find_linears
-from omnifp4.checkpoint.dialects import LinearEntries, QuantizationClaim
+from omnifp4.checkpoint.artifact import ENGINE_PLACE, find_claims, find_coded, find_linears
+from omnifp4.checkpoint.branch import find_branches
+from omnifp4.checkpoint.dialects import CodedLinear, LinearEntries, QuantizationClaim
 from omnifp4.checkpoint.folder import Checkpoint, open_checkpoint
 from omnifp4.errors import ModelError
 from omnifp4.models import layout_for
@@ -70,6 +71,16 @@ class Facts:
     def fp4(self) -> dict[str, LinearEntries]:
         """Linears that are stored as codes."""
         return {module: linear for module, linear in self.linears.items() if linear.packed.dtype == "U8"}
+
+    @cached_property
+    def coded(self) -> dict[str, CodedLinear]:
+        """Linears in FP8, MXFP4 or INT8."""
+        return find_coded(self.checkpoint.tensors)
+
+    @cached_property
+    def branches(self) -> tuple[str, ...]:
+        """Modules of the linears with a low-rank branch beside them (SVDQuant)."""
+        return tuple(find_branches(self.checkpoint.tensors))
 
     @cached_property
     def engine_claim(self) -> QuantizationClaim | None:

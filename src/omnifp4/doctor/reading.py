@@ -9,6 +9,7 @@ from typing import Final
 
 from omnifp4.doctor import engine_rules as rules
 from omnifp4.doctor.facts import Facts, Kind
+from omnifp4.formats.scheme import Scheme
 from omnifp4.receipt.base import Verdict
 from omnifp4.receipt.doctor import Ability
 from omnifp4.receipt.verification import Check
@@ -34,8 +35,8 @@ class Reading:
 
 def read_by_vllm(facts: Facts, checks: tuple[Check, ...], version: str) -> Reading:
     """Plain vLLM, which of an omni model builds the thinker alone."""
-    read = _read_kind(facts)
-    if facts.kind is not Kind.NVFP4:
+    read = _read_kind(facts, version)
+    if facts.kind is not Kind.NVFP4 or facts.branches:
         return read
     is_omni = facts.model_type.startswith(("qwen3_omni", "qwen2_5_omni"))
     wide_head = not any(module.endswith("lm_head") for module in facts.fp4)
@@ -56,8 +57,9 @@ def read_by_vllm(facts: Facts, checks: tuple[Check, ...], version: str) -> Readi
 
 def read_by_vllm_omni(facts: Facts, checks: tuple[Check, ...], version: str) -> Reading:
     """vLLM-Omni, where one config reaches thinker, talker and code2wav."""
-    read = _read_kind(facts)
-    if facts.kind is not Kind.NVFP4 or not facts.is_omni:
+    # A release reads what the vLLM of its number reads.
+    read = _read_kind(facts, version)
+    if facts.kind is not Kind.NVFP4 or facts.branches or not facts.is_omni:
         return read
     ignore = facts.claim.ignore if facts.claim is not None else ()
     if rules.VLLM_OMNI_WITHOUT_MAPPER.holds(version) and version:
@@ -68,7 +70,10 @@ def read_by_vllm_omni(facts: Facts, checks: tuple[Check, ...], version: str) -> 
             read.say(
                 CANNOT,
                 "vLLM-Omni 0.26 does not rename the config's names: exact ones match nothing, so routers are read as FP4",
-                "vllm-omni 0.28 or later, or expressions that fit any prefix: " + REPAIR,
+                # A repair mends NVFP4 alone.
+                rules.CONVERT
+                if facts.coded
+                else "vllm-omni 0.28 or later, or expressions that fit any prefix: " + REPAIR,
             )
     elif not rules.VLLM_OMNI_READ.holds(version):
         read.say(NOT_KNOWN, f"vLLM-Omni {version} was not read here, {rules.VLLM_OMNI_READ} were")
@@ -77,8 +82,43 @@ def read_by_vllm_omni(facts: Facts, checks: tuple[Check, ...], version: str) -> 
     return read
 
 
-def _read_kind(facts: Facts) -> Reading:
+def unread_schemes(facts: Facts, version: str) -> Iterator[tuple[Ability, str, str]]:
+    """What vLLM of a version does not read of the linears in FP8, MXFP4 and INT8, or was not seen to read; with a fix."""
+    unread: dict[str, str] = {}
+    for module, linear in facts.coded.items() if facts.dialect == "modelopt" else ():
+        if linear.scheme in (Scheme.MXFP4, Scheme.INT8):
+            unread.setdefault(f"{linear.scheme} linears", module)
+        elif ".experts." in module and linear.scale is not None and linear.scale.parameters > 1:
+            unread.setdefault(f"{linear.scheme} experts with a scale for each channel", module)
+    if unread:
+        known = rules.VLLM_MODELOPT_UNREAD.holds(version)
+        named = ", ".join(f"{what} (first {module})" for what, module in unread.items())
+        yield (
+            CANNOT if known else NOT_KNOWN,
+            f"vLLM {rules.VLLM_MODELOPT_UNREAD} does not read from ModelOpt's form: {named}",
+            rules.CONVERT,
+        )
+    if facts.coded and not rules.VLLM_SCHEMES_READ.holds(version):
+        schemes = ", ".join(sorted({linear.scheme.value for linear in facts.coded.values()}))
+        yield (
+            NOT_KNOWN,
+            f"linears in {schemes} are read by vLLM {rules.VLLM_SCHEMES_READ}; vLLM {version} was not read for them",
+            f"vLLM {rules.VLLM_SCHEMES_READ.last}, or see what it says when it loads",
+        )
+
+
+def _read_kind(facts: Facts, version: str) -> Reading:
     read = Reading()
+    if facts.branches:
+        read.say(
+            CANNOT,
+            f"it is SVDQuant: {len(facts.branches):,} linears have a low-rank branch, which vLLM refuses (0.32) and no other "
+            f"engine known here runs; without it their codes stand for other weights",
+            rules.INSTEAD_OF_BRANCHES,
+        )
+        return read
+    for ability, reason, fix in unread_schemes(facts, version):
+        read.say(ability, reason, fix)
     if facts.kind is Kind.NVFP4:
         if facts.dialect == "auto-round":
             read.say(

@@ -13,10 +13,12 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from omnifp4.checkpoint.output import write_text
 
 HELD_OUT_RECORDINGS: Final = 5
 HELD_OUT_PICTURES: Final = 5
@@ -83,9 +85,7 @@ def build(out: Path, recordings: Path, texts: list[Path], counts: Counts, seed: 
     sounds = copy_recordings(out, recordings, counts.recordings)
     lines = [*_alone(draw, pictures, sounds, counts), *_pairs(draw, pictures, sounds, counts)]
     lines += [*_text(draw, texts, counts)]
-    partial = out / "samples.jsonl.partial"
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-    partial.replace(out / "samples.jsonl")
+    write_text(out / "samples.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(lines)
 
 
@@ -139,8 +139,9 @@ PAIRS_ASKED: Final[tuple[tuple[str, tuple[str, ...], Operation], ...]] = (
 )
 
 
-def _message(media: list[Medium], asked: str) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [{"type": kind, kind: name} for kind, name, _ in media]
+def message_of(media: Sequence[tuple[str, str]], asked: str) -> list[dict[str, Any]]:
+    """A conversation of one turn: media as kind and file name, and then what is asked."""
+    parts: list[dict[str, Any]] = [{"type": kind, kind: name} for kind, name in media]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": asked}]}]
 
 
@@ -151,7 +152,7 @@ def _alone(
         aloud = set(draw.sample(range(len(media)), min(len(media), counts.spoken // 2)))
         for number, medium in enumerate(media):
             line: dict[str, Any] = {"id": f"{task} {medium[1]}", "task": task}
-            line |= {"messages": _message([medium], draw.choice(asked)), "answer": str(medium[2])}
+            line |= {"messages": message_of([medium[:2]], draw.choice(asked)), "answer": str(medium[2])}
             yield line | ({"speak": True} if number in aloud else {})
 
 
@@ -167,7 +168,7 @@ def _pairs(
                 value = work(media[0][2], media[1][2])
                 name = f"{task} {media[0][1]} {media[1][1]} {draw.randrange(10**6)}"
                 task_name = "add two" if task == "add" else "compare two"
-                messages = _message(media, draw.choice(asked))
+                messages = message_of([medium[:2] for medium in media], draw.choice(asked))
                 yield {"id": name, "task": task_name, "messages": messages, "answer": str(value)}
 
 
@@ -177,19 +178,19 @@ def _text(draw: random.Random, texts: list[Path], counts: Counts) -> Iterator[di
         asked, work = draw.choice(TEXT_ASKED)
         yield {
             "id": f"arithmetic {number}", "task": "arithmetic",
-            "messages": _message([], asked.format(a=a, b=b)), "answer": str(work(a, b)),
+            "messages": message_of([], asked.format(a=a, b=b)), "answer": str(work(a, b)),
         }  # fmt: skip
     for number in range(counts.repeat):
         digits = " ".join(str(draw.randrange(10)) for _ in range(1 + number % 8))
         line = {
             "id": f"repeat {number}",
             "task": "repeat",
-            "messages": _message([], f"Repeat: {digits}"),
+            "messages": message_of([], f"Repeat: {digits}"),
             "answer": digits,
         }
         yield line | ({"speak": True} if number % 8 == 7 and number // 8 < counts.long else {})
     for number, (before, after) in enumerate(_continued(draw, texts, counts.continued)):
-        yield {"id": f"continue {number}", "messages": _message([], f"Continue: {before}"), "answer": after}
+        yield {"id": f"continue {number}", "messages": message_of([], f"Continue: {before}"), "answer": after}
 
 
 def _continued(draw: random.Random, texts: list[Path], count: int) -> Iterator[tuple[str, str]]:

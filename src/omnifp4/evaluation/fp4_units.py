@@ -10,6 +10,7 @@ from typing import Final
 from omnifp4.checkpoint.dialects import CodedLinear, LinearEntries
 from omnifp4.checkpoint.folder import Checkpoint
 from omnifp4.errors import CheckpointError
+from omnifp4.formats.scheme import Scheme
 from omnifp4.models import layout_for
 from omnifp4.runtime.names import OPTIONAL_PARTS
 from omnifp4.runtime.placement import EXPERT_NAME, CodedExpertsPlace, CodedPlace, ExpertsPlace, LinearPlace, place
@@ -28,6 +29,7 @@ class Member:
         component: as `plan` names it.
         layer: number from 0; None where there are no layers.
         linears, parameters: that it stands for.
+        scheme: of all of them.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Member:
     layer: int | None
     linears: int
     parameters: int
+    scheme: Scheme = Scheme.NVFP4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +70,25 @@ def fp4_members(skeleton: Skeleton, checkpoint: Checkpoint) -> tuple[Member, ...
     placement = place(skeleton.model, checkpoint.tensors, skeleton.renaming, checkpoint.location)
     layout = layout_for(checkpoint.config, checkpoint.tensors).by_name
 
-    def member(name: str, path: str, weights: list[str], parameters: int) -> Member:
+    def member(name: str, path: str, weights: list[str], parameters: int, scheme: Scheme) -> Member:
         spec = layout.get(f"{weights[0]}.weight")
         if spec is None:
             raise CheckpointError(
                 f"{checkpoint.location}: linear {weights[0]!r} is in no layout of a {checkpoint.config.get('model_type')}"
             )
         layer = LAYER.search(name)
-        return Member(name, path, spec.component.name, int(layer[1]) if layer else None, len(weights), parameters)
+        number = int(layer[1]) if layer else None
+        return Member(name, path, spec.component.name, number, len(weights), parameters, scheme)
 
     def count(source: LinearEntries | CodedLinear) -> int:
         return int(source.packed.parameters) * 2 if isinstance(source, LinearEntries) else prod(source.shape)
 
     linears: list[LinearPlace | CodedPlace] = [*placement.linears, *placement.coded]
     found = [
-        member(linear.source.module, linear.module, [linear.source.module], count(linear.source)) for linear in linears
+        member(
+            linear.source.module, linear.module, [linear.source.module], count(linear.source), _scheme(linear.source)
+        )
+        for linear in linears
     ]
     layers: list[ExpertsPlace | CodedExpertsPlace] = [*placement.experts, *placement.coded_experts]
     for experts in layers:
@@ -89,13 +96,18 @@ def fp4_members(skeleton: Skeleton, checkpoint: Checkpoint) -> tuple[Member, ...
         assert match is not None
         sources: list[LinearEntries | CodedLinear] = [*experts.gate, *experts.up, *experts.down]
         parameters = sum(map(count, sources))
-        found.append(member(match["experts"], experts.module, [source.module for source in sources], parameters))
+        modules = [source.module for source in sources]
+        found.append(member(match["experts"], experts.module, modules, parameters, _scheme(sources[0])))
     if not found:
         raise CheckpointError(
             f"{checkpoint.location}: nothing of its thinker is quantized",
             hint="--component NAME=nvfp4 of quantize puts a component there",
         )
     return tuple(found)
+
+
+def _scheme(source: LinearEntries | CodedLinear) -> Scheme:
+    return source.scheme if isinstance(source, CodedLinear) else Scheme.NVFP4
 
 
 def outside_thinker(checkpoint: Checkpoint) -> bool:

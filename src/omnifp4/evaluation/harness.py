@@ -61,13 +61,21 @@ def run_harness(
         min_accuracy: of every accuracy; see `ACCURACIES`.
 
     Raises:
-        OmniFP4Error: lm-eval is not installed, a task is unknown, or the server cannot be used.
+        OmniFP4Error: an argument is out of range, lm-eval is not installed, a task is unknown, or the server cannot be
+            used.
     """
     begin = time.monotonic()
     if not tasks:
         raise OmniFP4Error("--lm-eval names no task", hint="lm-eval ls tasks lists them")
     if min_accuracy is not None and not 0 <= min_accuracy <= 1:
         raise OmniFP4Error(f"--min-accuracy is {min_accuracy}", hint="allowed: 0 to 1")
+    for option, value, least in (("--limit", limit, 1), ("--few-shot", few_shot, 0), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise OmniFP4Error(f"{option} is {value}", hint=f"{least} or more")
+    if task_folder is not None and not task_folder.is_dir():
+        raise OmniFP4Error(
+            f"--task-folder {task_folder} is no folder", hint="it holds lm-eval's task files, one YAML each"
+        )
     if find_spec("lm_eval") is None:
         raise OmniFP4Error("lm-eval is not installed", hint="pip install 'omnifp4[lm-eval]'")
     import lm_eval

@@ -79,8 +79,24 @@ def open_pair(model: str | Path, reference: str | Path) -> Pair:
     notes = []
     if other.chat_template != processor.chat_template:
         notes.append("the model's chat template is not the reference's; both sides were asked in the reference's")
+    if mine := _changed_preprocessing(other, processor):
+        notes.append(
+            f"the model's preprocessing is not the reference's, first in {mine}; both sides read the reference's"
+        )
     speaks = all(any(name.startswith("talker.") for name in one.tensors) for one in (opened, against))
     return Pair(opened, against, processor, config, speaks, tuple(notes))
+
+
+def _changed_preprocessing(mine: Any, theirs: Any) -> str:
+    """What of pictures, sounds or videos is made otherwise; empty where nothing is."""
+    for part in ("image_processor", "feature_extractor", "video_processor"):
+        own, other = (
+            (one.to_dict() if one is not None else {})
+            for one in (getattr(mine, part, None), getattr(theirs, part, None))
+        )
+        if difference := next(_differences(own, other, ""), None):
+            return difference[0]
+    return ""
 
 
 def _compare_tokenizers(model: Checkpoint, reference: Checkpoint, mine: Any, theirs: Any) -> None:

@@ -87,8 +87,8 @@ def task_results(
     for task in dict.fromkeys(sample.sample.task for sample in samples if sample.sample.task):
         chosen = [number for number, sample in enumerate(samples) if sample.sample.task == task]
         before = np.array([bool(reference[number].right.all()) for number in chosen])
-        after = np.array([bool(_right(model[number])) for number in chosen])
-        noise = [bool(_right(floor[number])) for number in chosen] if floor else None
+        after = np.array([is_right(model[number]) for number in chosen])
+        noise = [is_right(floor[number]) for number in chosen] if floor else None
         kinds = {samples[number].sample.modality for number in chosen}
         found.append(
             TaskResult(
@@ -106,5 +106,6 @@ def task_results(
     return tuple(found)
 
 
-def _right(scores: Scores) -> bool:
+def is_right(scores: Scores) -> bool:
+    """Whether the known answer is what greedy decoding gives."""
     return bool((scores.right & scores.finite).all())

@@ -12,10 +12,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from omnifp4.checkpoint.folder import Checkpoint, read_json
+from omnifp4.checkpoint.folder import Checkpoint
 from omnifp4.checkpoint.folds import read_folds
-from omnifp4.checkpoint.side_files import RECEIPT_NAME
 from omnifp4.errors import CheckpointError, OmniFP4Error
+from omnifp4.evaluation.artifacts import told_recipe
 from omnifp4.evaluation.data import limited, read_data
 from omnifp4.evaluation.devices import arithmetic_of_device, find_device, name_of_device
 from omnifp4.evaluation.distributions import Scores
@@ -120,7 +120,7 @@ def run_sensitivity(
         notes.append("nothing was quantized alone, so no part has a divergence of its own")
     elif experts and not settings.experts:
         notes.append(f"no expert was quantized alone: --each-expert runs the model {len(experts):,} more times")
-    recipe, rule = _recipe(pair.model)
+    recipe, rule = told_recipe(pair.model)
     return SensitivityReceipt(
         model=as_text(pair.model.location),
         against=as_text(pair.reference.location),
@@ -301,15 +301,17 @@ def _rows(
         whole = sum(alone[unit].value for unit in chosen if unit in alone)
         for unit in chosen:
             names = {member.name for member in unit.members}
+            scheme = "+".join(sorted({member.scheme.value for member in unit.members}))
             sums = _together([found[place] for place in found if place[0] in names])
-            yield _row(unit.component, unit.layer, None, sums, alone.get(unit), whole)
+            yield _row(unit.component, unit.layer, None, sums, alone.get(unit), whole, scheme)
     of_experts = {(unit.members[0].name, unit.expert): estimate for unit, estimate in alone.items() if _is_expert(unit)}
     whole = sum(estimate.value for estimate in of_experts.values())
     place_of = {member.name: member for member in members}
     for (name, expert), sums in sorted(found.items(), key=lambda item: (_layer(place_of[item[0][0]]), item[0][1])):
         if expert != NO_EXPERT:
             place = place_of[name]
-            yield _row(place.component, place.layer, expert, sums, of_experts.get((name, expert)), whole)
+            alone_here = of_experts.get((name, expert))
+            yield _row(place.component, place.layer, expert, sums, alone_here, whole, place.scheme.value)
 
 
 def _is_expert(unit: Unit) -> bool:
@@ -317,7 +319,13 @@ def _is_expert(unit: Unit) -> bool:
 
 
 def _row(
-    component: str, layer: int | None, expert: int | None, sums: ErrorSums, alone: Estimate | None, whole: float
+    component: str,
+    layer: int | None,
+    expert: int | None,
+    sums: ErrorSums,
+    alone: Estimate | None,
+    whole: float,
+    scheme: str,
 ) -> SensitivityRow:
     """`whole` is the sum of the divergence over all rows of the same level."""
     return SensitivityRow(
@@ -331,6 +339,7 @@ def _row(
         tokens=sums.tokens,
         kl_mean=alone,
         share=alone.value / whole if alone and whole else None,
+        scheme=scheme,
     )
 
 
@@ -347,11 +356,3 @@ def _name(unit: Unit) -> str:
         return "everything"
     layer = "" if unit.layer is None else f", layer {unit.layer}"
     return unit.component + layer + ("" if unit.expert is None else f", expert {unit.expert}")
-
-
-def _recipe(checkpoint: Checkpoint) -> tuple[str, str]:
-    """Recipe and scale rule as the artifact's own receipt tells them."""
-    path = checkpoint.folder / RECEIPT_NAME if checkpoint.folder is not None else None
-    receipt = read_json(path) if path is not None and path.is_file() else {}
-    told = receipt if isinstance(receipt, dict) else {}
-    return str(told.get("recipe", "not known")), str(told.get("rule", "not known"))

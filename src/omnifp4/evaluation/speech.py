@@ -2,7 +2,8 @@
 
 Free-running, each side hears its own codes: one that differs changes all that follow. So beside it, both sides are also
 asked for the next code where all before it are the reference's: what is then left is the damage of one step, and whether
-it grows along a long utterance shows in quarters.
+it grows along a long utterance shows in quarters. The first code of a frame is the talker's, the later ones are the code
+predictor's, so they are told apart.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,12 @@ from omnifp4.evaluation.store import Arrays, Store
 FRAMES_A_TOKEN: Final = 12
 """A second: more than a spoken digit takes, and so an end to a talker that finds none."""
 
+FRAMES_AT_ONCE: Final = 256
+"""Through the code predictor, whose frames are sequences of their own."""
+
+LATER: Final = "later_"
+"""In a store, before the names of what is of later codes."""
+
 Tell = Callable[[int, int, str], None]
 
 
@@ -57,10 +64,16 @@ class Utterance:
 
 @dataclass(frozen=True)
 class SpokenReference:
-    """What the reference says of one sample, and the distributions of its next codes, all before them given."""
+    """What the reference says of one sample, and the distributions of its next codes, all before them given.
+
+    Attributes:
+        codes: of the first code of each frame, and of what follows the last.
+        later: of the other codes, frame by frame; None if nothing was said.
+    """
 
     utterance: Utterance
     codes: Distributions
+    later: Distributions | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,24 @@ class SpokenSide:
 
     utterance: Utterance
     codes: Scores
+    later: Scores | None = None
+
+
+class NextCodes(NamedTuple):
+    """Logits of the next codes, all before them given, and what followed.
+
+    Attributes:
+        first: of each frame's first code and of what follows the last, float32 ``[frames + 1, vocabulary]``.
+        followed: int64 ``[frames + 1]``.
+        later: of the frames' other codes, float32 ``[frames * (groups - 1), vocabulary of the code predictor]``; None if
+            there are none.
+        later_followed: int64 ``[frames * (groups - 1)]``.
+    """
+
+    first: Tensor
+    followed: Tensor
+    later: Tensor | None = None
+    later_followed: Tensor | None = None
 
 
 class Talker:
@@ -148,21 +179,17 @@ class Talker:
         heard = self._listen(wave.numpy()) if self._listen is not None else ""
         return Utterance(codes, bool(wave.isfinite().all()), heard)
 
-    def next_codes(self, opening: Opening, codes: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Logits of the first code of each frame and of what follows the last, all before given; and what followed.
-
-        Returns:
-            ``[frames + 1, vocabulary]``, and int64 ``[frames + 1]``.
-        """
+    def next_codes(self, opening: Opening, codes: npt.NDArray[np.int64]) -> NextCodes:
+        """The next codes of a speech whose codes ``[frames, groups]`` are given."""
         talker = self._model.talker
         assert codes.shape[1] == self.groups, "both sides have the same codec"
         table, others = talker.get_input_embeddings(), talker.code_predictor.get_input_embeddings()
         with self._attending(), torch.no_grad():
-            first, _, cache, shift = read_prompt(talker, opening.inputs)
+            first, state, cache, shift = read_prompt(talker, opening.inputs)
             given = torch.from_numpy(codes).to(first.device)
             followed = torch.cat([given[:, 0], given.new_tensor([opening.eos])])
             if not len(codes):
-                return first, followed
+                return NextCodes(first, followed)
             parts = [table(given[:, 0])] + [others[group - 1](given[:, group]) for group in range(1, given.shape[1])]
             embedded = torch.stack(parts, dim=1).sum(1)[None]
             frames = len(codes)
@@ -174,8 +201,21 @@ class Talker:
                 inputs_embeds=embedded + text, position_ids=places.view(1, 1, -1).expand(3, 1, -1),
                 past_key_values=cache, use_cache=True,
             )  # fmt: skip
-            later = talker.codec_head(output.last_hidden_state)[0].float()
-        return torch.cat([first, later]), followed
+            behind = talker.codec_head(output.last_hidden_state)[0].float()
+            states = torch.cat([state[0], output.last_hidden_state[0, :-1]])
+            later = [
+                self._later(states[here], [part[here] for part in parts])
+                for here in (slice(begin, begin + FRAMES_AT_ONCE) for begin in range(0, frames, FRAMES_AT_ONCE))
+            ]
+        return NextCodes(torch.cat([first, behind]), followed, torch.cat(later), given[:, 1:].flatten())
+
+    def _later(self, states: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """Logits of the code predictor: the talker's states ``[n, H]`` and each group's embeddings before the next code."""
+        predictor = self._model.talker.code_predictor
+        given = torch.stack([states, *parts[:-1]], dim=1)
+        found = predictor.model(inputs_embeds=given, use_cache=False).last_hidden_state
+        heads = [predictor.lm_head[group - 1](found[:, group]).float() for group in range(1, len(parts))]
+        return torch.stack(heads, dim=1).flatten(0, 1)
 
     @contextmanager
     def _attending(self) -> Iterator[None]:
@@ -208,19 +248,10 @@ def speak_reference(
     """
     found, floors = [], []
     for number, sample in enumerate(samples):
-        kept = store.read(f"{sample.sha256}-speech")
-        if kept is None:
-            side = talker(ATTENTION)
-            opening, said = side.speak(sample)
-            made = summarise(*side.next_codes(opening, said.codes))
-            if not made.finite.all():
-                raise CheckpointError(f"the reference's speech of sample {sample.sample.name!r} is not finite")
-            store.write(f"{sample.sha256}-speech", _utterance_arrays(said) | distribution_arrays(made))
-            found.append(SpokenReference(said, made))
-        else:
-            found.append(SpokenReference(_utterance(kept), read_distributions(kept)))
+        kept = store.read(f"{sample.sha256}-spoken")
+        found.append(_known(kept) if kept is not None else _spoken_first(sample, talker(ATTENTION), store))
         if floor:
-            name = f"{sample.sha256}-speech-floor"
+            name = f"{sample.sha256}-spoken-floor"
             floors.append(_spoken(sample, found[-1], lambda: talker(OTHER_ATTENTION), store, name))
         tell(number + 1, len(samples), sample.sample.name)
     return found, floors
@@ -241,21 +272,48 @@ def speak_model(
     """
     found = []
     for number, (sample, known) in enumerate(zip(samples, reference, strict=True)):
-        found.append(_spoken(sample, known, talker, store, f"{sample.sha256}-speech"))
+        found.append(_spoken(sample, known, talker, store, f"{sample.sha256}-spoken"))
         tell(number + 1, len(samples), sample.sample.name)
     return found
+
+
+def _spoken_first(sample: EncodedSample, side: Talker, store: Store) -> SpokenReference:
+    """What the reference says, and kept; raises CheckpointError where it is no numbers."""
+    opening, said = side.speak(sample)
+    codes = side.next_codes(opening, said.codes)
+    made, later = summarise(codes.first, codes.followed), None
+    if codes.later is not None and codes.later_followed is not None:
+        later = summarise(codes.later, codes.later_followed)
+    if not made.finite.all() or (later is not None and not later.finite.all()):
+        raise CheckpointError(f"the reference's speech of sample {sample.sample.name!r} is not finite")
+    arrays = _utterance_arrays(said) | distribution_arrays(made)
+    if later is not None:
+        arrays |= {LATER + name: value for name, value in distribution_arrays(later).items()}
+    store.write(f"{sample.sha256}-spoken", arrays)
+    return SpokenReference(said, made, later)
+
+
+def _known(kept: Arrays) -> SpokenReference:
+    later = {name.removeprefix(LATER): value for name, value in kept.items() if name.startswith(LATER)}
+    return SpokenReference(_utterance(kept), read_distributions(kept), read_distributions(later) if later else None)
 
 
 def _spoken(
     sample: EncodedSample, known: SpokenReference, talker: Callable[[], Talker], store: Store, name: str
 ) -> SpokenSide:
     if (kept := store.read(name)) is not None:
-        return SpokenSide(_utterance(kept), read_scores(kept))
+        return SpokenSide(
+            _utterance(kept), read_scores(kept), read_scores(kept, LATER) if f"{LATER}kl" in kept else None
+        )
     side = talker()
     opening, said = side.speak(sample)
-    scores = compare(known.codes, *side.next_codes(opening, known.utterance.codes))
-    store.write(name, _utterance_arrays(said) | vars(scores))
-    return SpokenSide(said, scores)
+    codes = side.next_codes(opening, known.utterance.codes)
+    scores, later = compare(known.codes, codes.first, codes.followed), None
+    if known.later is not None and codes.later is not None and codes.later_followed is not None:
+        later = compare(known.later, codes.later, codes.later_followed)
+    behind = {LATER + key: value for key, value in vars(later).items()} if later is not None else {}
+    store.write(name, _utterance_arrays(said) | vars(scores) | behind)
+    return SpokenSide(said, scores, later)
 
 
 def _utterance_arrays(said: Utterance) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def side_figures(
         seed: of the intervals.
     """
     pairs = list(zip(reference, side, strict=True))
-    equal = np.array([float(_equal_codes(known, said)) for known, said in pairs])
+    equal = np.array([float(equal_codes(known, said)) for known, said in pairs])
     # Where the reference says nothing, saying nothing is what there is to agree on.
     codes = np.array([float(max(1, known.utterance.codes.size)) for known, _ in pairs])
     steps = np.array([float(said.codes.finite.sum()) for _, said in pairs])
@@ -75,14 +75,35 @@ def side_figures(
         "code_agreement": ratio_estimate(equal, codes, seed=seed),
         "first_code_agreement": ratio_estimate(agreed, steps, seed=seed),
         "code_kl_mean": ratio_estimate(diverged, steps, seed=seed),
+        **_later_codes([said for _, said in pairs], seed),
         "drift": _drift([side[number] for number in long_utterances(reference)], seed),
         "frames_ratio": sum(len(said.utterance.codes) for _, said in pairs) / max(1, frames),
         "recognition": _recognition(answers, reference, side),
-        "non_finite": sum(not (said.utterance.finite and bool(said.codes.finite.all())) for _, said in pairs),
+        "non_finite": sum(not _is_finite(said) for _, said in pairs),
     }
 
 
-def _equal_codes(known: SpokenReference, said: SpokenSide) -> int:
+def _is_finite(said: SpokenSide) -> bool:
+    later = said.later is None or bool(said.later.finite.all())
+    return said.utterance.finite and bool(said.codes.finite.all()) and later
+
+
+def _later_codes(side: Sequence[SpokenSide], seed: int) -> dict[str, Estimate]:
+    """Figures of the code predictor's codes; none where nothing was said or all of it is not finite."""
+    later = [said.later for said in side if said.later is not None]
+    steps = np.array([float(one.finite.sum()) for one in later])
+    if not steps.sum():
+        return {}
+    agreed = np.array([float(one.agrees[one.finite].sum()) for one in later])
+    diverged = np.array([float(one.kl[one.finite].sum()) for one in later])
+    return {
+        "later_code_agreement": ratio_estimate(agreed, steps, seed=seed),
+        "later_code_kl_mean": ratio_estimate(diverged, steps, seed=seed),
+    }
+
+
+def equal_codes(known: SpokenReference, said: SpokenSide) -> int:
+    """Codes of the reference that this side gives at the same frame and group; 1 where neither says anything."""
     mine, theirs = said.utterance.codes, known.utterance.codes
     both = min(len(mine), len(theirs))
     if not theirs.size:

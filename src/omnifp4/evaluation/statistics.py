@@ -59,3 +59,22 @@ def paired_share_difference(before: Bools, after: Bools) -> Estimate:
     value = (gained - lost) / count
     # The middle is drawn towards nothing; where every sample changed, the value itself is the end.
     return Estimate(value=value, low=float(min(low, value)), high=float(max(high, value)))
+
+
+def paired_times(sums: Floats, others: Floats, *, seed: int) -> Estimate | None:
+    """One total over another of the same samples, ``sum(sums) / sum(others)``, with its interval over samples.
+
+    Args:
+        sums, others: float64 ``[samples]``, not negative.
+        seed: of the draws.
+
+    Returns:
+        None where `others` are all zero.
+    """
+    if not others.any():
+        return None
+    draws = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    below = others[draws].sum(axis=1)
+    times = sums[draws].sum(axis=1)[below > 0] / below[below > 0]
+    low, high = np.percentile(times, PERCENTILES)
+    return Estimate(value=float(sums.sum() / others.sum()), low=float(low), high=float(high))

@@ -18,6 +18,7 @@ from omnifp4.doctor.machine import TORCH_PROBE, TORCH_TIMEOUT_S, look_at_machine
 from omnifp4.doctor.misuse import find_misuse
 from omnifp4.doctor.packages import Installed
 from omnifp4.doctor.question import Question
+from omnifp4.doctor.reading import unread_schemes
 from omnifp4.doctor.soundness import check_structure
 from omnifp4.errors import OmniFP4Error
 from omnifp4.handover.environments import EngineEnvironment
@@ -90,12 +91,18 @@ def judge(model: str, engine: str, environment: EngineEnvironment, machine: Mach
 
 def needs_conversion(judged: Judged) -> str:
     """Why the artifact must be converted to compressed-tensors first; empty if it need not."""
-    if judged.row.artifact is not Ability.CANNOT or judged.facts.kind is not Kind.NVFP4:
+    if judged.row.artifact is not Ability.CANNOT or not (judged.facts.kind is Kind.NVFP4 or judged.facts.coded):
         return ""
     command = rules.CONVERT.partition("{model}")[0]
     if judged.facts.dialect == "compressed-tensors" or not judged.row.fix.startswith(command):
         return ""
     return judged.row.reasons[0]
+
+
+def unread_notes(facts: Facts, environment: EngineEnvironment) -> list[str]:
+    """What of the artifact nobody here saw this version of the engine read, though it may."""
+    version = environment.version("vllm") or rules.NEWEST["vllm"]
+    return [reason for ability, reason, _ in unread_schemes(facts, version) if ability is Ability.NOT_KNOWN]
 
 
 def require_readable(judged: Judged) -> None:

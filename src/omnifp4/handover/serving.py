@@ -137,9 +137,12 @@ def prepare(
         artifact.require_readable(judged)
         if print_only:
             if judged.row.ability is not Ability.CAN:
-                notes.append(f"it cannot run here as it is: {judged.row.reasons[0]}")
+                told = "it cannot run" if judged.row.ability is Ability.CANNOT else "it is not known to run"
+                notes.append(f"{told} here as it is: {judged.row.reasons[0]}")
         else:
             artifact.require_runnable(judged)
+    unread = artifact.unread_notes(judged.facts, environment)
+    notes += [reason for reason in unread if not any(reason in note for note in notes)]
     placement = place(judged.facts, here, engine, options)
     run_folder = cache_folder(options) / "handover" / f"{engine}-{port}"
     command, reasons = build_command(

@@ -20,11 +20,13 @@ from omnifp4.formats.widening import widen
 from omnifp4.models.base import Component, Kind, Part
 from omnifp4.models.source import Source, SourceTensor
 from omnifp4.quantization.decisions import OutputFormat, stored_tensors
-from omnifp4.quantization.method import Auto, Counted
+from omnifp4.quantization.method import Auto, Counted, Score
 from omnifp4.quantization.recipe import Recipe, choose_schemes
+from omnifp4.quantization.scores import MAP_HINT, by_divergence
 
 if TYPE_CHECKING:
     from omnifp4.calibration.statistics import Statistics
+    from omnifp4.receipt.sensitivity import SensitivityReceipt
 
 Progress = Callable[[int, int, str], None]
 
@@ -58,6 +60,7 @@ def assign(
     output_format: OutputFormat,
     statistics: Statistics | None,
     *,
+    sensitivity: SensitivityReceipt | None = None,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Scheme]:
@@ -70,13 +73,15 @@ def assign(
         output_format: whose dialect must have a form for each scheme.
         statistics: how much each error hurts: ``sum h_i (w_i - w'_i)**2`` over ``sum h_i w_i**2``, the share of a
             linear's output that is lost. None: what the formats cost on Gaussian weights, alike for all.
+        sensitivity: the map that a recipe which chooses by divergence needs.
         threads: for the measurement.
         progress: of the measurement: bytes done, bytes in all, what is measured.
 
     Raises:
-        RecipeError: the budget cannot be met, or a scheme cannot be expressed.
+        RecipeError: the budget cannot be met, a scheme cannot be expressed, or what the recipe chooses by is not there.
     """
     method = recipe.method
+    _refuse_map(recipe, sensitivity)
     if not isinstance(method, Auto):
         return {}
     from omnifp4.algorithms.budget import Choice, Impossible, allocate
@@ -91,7 +96,10 @@ def assign(
     groups = _groups(source, recipe, overrides, method.counted)
     if not groups:
         raise RecipeError(f"recipe {recipe.name!r} with these components leaves no linear for its budget to decide")
-    losses = _measure(source, groups, method.schemes, recipe.rule, statistics, threads, progress)
+    measured = tuple(dict.fromkeys((Scheme.NVFP4, *method.schemes)))
+    losses = _measure(source, groups, measured, recipe.rule, method.score, statistics, threads, progress)
+    if sensitivity is not None:
+        losses = by_divergence(groups, losses, sensitivity)
     choices = {
         group.name: [
             Choice(scheme, _bits(group, scheme, output_format) * group.share, losses[group.name][scheme])
@@ -110,6 +118,20 @@ def assign(
             hint=f"--effective-bits {least:g} or more",
         ) from None
     return {tensor.spec.name: chosen[group.name].scheme for group in groups for tensor in group.tensors}
+
+
+def _refuse_map(recipe: Recipe, sensitivity: SensitivityReceipt | None) -> None:
+    by_divergence_alone = isinstance(recipe.method, Auto) and recipe.method.score is Score.KL
+    if sensitivity is not None and not by_divergence_alone:
+        raise RecipeError(
+            f"recipe {recipe.name!r} does not choose by divergence, so a sensitivity map has no use",
+            hint="leave it out, or --recipe nvfp4-auto --choose-by kl",
+        )
+    if sensitivity is None and by_divergence_alone:
+        raise RecipeError(
+            f"recipe {recipe.name!r} chooses by divergence and needs a map of it",
+            hint=f"add --sensitivity FILE; {MAP_HINT}",
+        )
 
 
 def _groups(source: Source, recipe: Recipe, overrides: Mapping[str, Scheme], counted: Counted) -> list[Group]:
@@ -169,11 +191,13 @@ def _measure(
     groups: list[Group],
     schemes: tuple[Scheme, ...],
     rule: ScaleRule,
+    score: Score,
     statistics: Statistics | None,
     threads: int,
     progress: Progress | None,
 ) -> dict[str, dict[Scheme, float]]:
-    """Loss of every group in every scheme: the lost share of the output of each kind of linear in it, summed."""
+    """Loss of every group in every scheme: nats by gradients, or the lost share of the output of each kind of linear in it,
+    summed."""
     if statistics is None:
         expected = {Scheme.NVFP4: EXPECTED_RELATIVE_ERROR[rule], Scheme.WIDE: 0.0} | coded.EXPECTED_RELATIVE_ERROR
         return {group.name: {scheme: expected[scheme] for scheme in schemes} for group in groups}
@@ -181,9 +205,11 @@ def _measure(
     done = 0
     losses: dict[str, dict[Scheme, float]] = {}
     with CheckpointReader(source.checkpoint) as reader, ThreadPoolExecutor(threads) as pool:
+        by_gradient = score is Score.GRADIENT
+        losses_of = _gradient_losses if by_gradient else _tensor_losses
 
         def look(tensor: SourceTensor) -> dict[Scheme, tuple[float, float]]:
-            return _tensor_losses(tensor, reader, schemes, rule, statistics)
+            return losses_of(tensor, reader, schemes, rule, statistics)
 
         for group in groups:
             # Gate, up and down each count as one linear, however many experts share the work.
@@ -198,7 +224,10 @@ def _measure(
                 if progress:
                     progress(done, total, f"measuring {group.name}")
             losses[group.name] = {
-                scheme: sum(kind[scheme][0] / kind[scheme][1] if kind[scheme][1] else 0.0 for kind in kinds.values())
+                scheme: sum(
+                    kind[scheme][0] if by_gradient else kind[scheme][0] / (kind[scheme][1] or 1.0)
+                    for kind in kinds.values()
+                )
                 for scheme in schemes
             }
     return losses
@@ -223,6 +252,28 @@ def _tensor_losses(
     for scheme in schemes:
         difference = np.zeros_like(wide) if scheme.is_wide else _rounded(wide, scheme, rule) - wide
         result[scheme] = (tokens * float((np.square(difference, dtype=np.float64) @ importance).sum()), energy)
+    return result
+
+
+def _gradient_losses(
+    tensor: SourceTensor,
+    reader: CheckpointReader,
+    schemes: tuple[Scheme, ...],
+    rule: ScaleRule,
+    statistics: Statistics,
+) -> dict[Scheme, tuple[float, float]]:
+    """The divergence in nats that one weight in every scheme is estimated to cause: ``sum F (w - w')**2 / 2``; and 1."""
+    gradient = statistics.gradient(tensor.spec.name)
+    rows, columns = gradient.rows.double().numpy(), gradient.columns.double().numpy()
+    whole = rows.sum()
+    wide = widen(tensor.read(reader), tensor.entry.dtype)
+    result = {}
+    for scheme in schemes:
+        nats = 0.0
+        if not scheme.is_wide and whole:
+            squares = np.square(_rounded(wide, scheme, rule) - wide, dtype=np.float64)
+            nats = float(rows @ squares @ columns / whole / 2)
+        result[scheme] = nats, 1.0
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from omnifp4.quantization.decisions import EncodeUnit, FusedUnit, Job
 from omnifp4.quantization.inputs import KnownInputs
 from omnifp4.quantization.method import Auto, Nearest, Weighting
 from omnifp4.quantization.work import Worker
+
+if TYPE_CHECKING:
+    from omnifp4.quantization.rounding import Subject
 
 FOLD_UNIT: Final = "fold:"
 """In the journal, before the name of a fold's origin."""
@@ -144,15 +147,9 @@ class CalibratedWorker(Worker):
     def _round(
         self, tensors: Sequence[SourceTensor], record: dict[str, Any]
     ) -> tuple[np.float32, list[tuple[Any, Any, Float32Array, Any]]]:
-        from omnifp4.quantization.rounding import Subject, round_group
+        from omnifp4.quantization.rounding import round_group
 
-        subjects = []
-        for tensor in tensors:
-            raw = tensor.read(self._reader)
-            found = fast_cpu.scan(raw, tensor.entry.dtype)
-            if found.nonfinite_index >= 0:
-                raise self._not_finite(tensor.spec.name, tensor.entry, found.nonfinite_index)
-            subjects.append(self._folded(tensor, widen(raw, tensor.entry.dtype), Subject))
+        subjects = self.subjects(tensors)
         try:
             scale, rounded = round_group(subjects, self._recipe, self._rule, self.inputs)
         except ValueError as error:
@@ -169,10 +166,29 @@ class CalibratedWorker(Worker):
             if done.output is not None and self.inputs is not None:
                 tokens = self.inputs.tokens(subject.name)
                 record["outputs"][subject.name] = [tokens * part for part in done.output]
+            if self.inputs is not None and self.inputs.learned(subject.name) is not None:
+                record["learned"] = record.get("learned", 0) + 1
             if done.damping is not None:
                 record["damping"][subject.name] = done.damping if np.isfinite(done.damping) else None
             parts.append((done.packed, done.block_scale, done.values, done.branch))
         return scale, parts
+
+    def subjects(self, tensors: Sequence[SourceTensor]) -> list[Subject]:
+        """Weights as they are rounded.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
+        from omnifp4.quantization.rounding import Subject
+
+        found = []
+        for tensor in tensors:
+            raw = tensor.read(self._reader)
+            scan = fast_cpu.scan(raw, tensor.entry.dtype)
+            if scan.nonfinite_index >= 0:
+                raise self._not_finite(tensor.spec.name, tensor.entry, scan.nonfinite_index)
+            found.append(self._folded(tensor, widen(raw, tensor.entry.dtype), Subject))
+        return found
 
     def _folded(self, tensor: SourceTensor, wide: Float32Array, kind: type[Any]) -> Any:
         name = tensor.spec.name

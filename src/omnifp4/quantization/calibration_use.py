@@ -16,13 +16,16 @@ MOST_NAMED: Final = 20
 """Linears that nothing was known of, by name in the receipt."""
 
 
-def calibration_use(job: Job, finished: Mapping[str, Mapping[str, Any]], seen: CalibrationReceipt) -> CalibrationUse:
+def calibration_use(
+    job: Job, finished: Mapping[str, Mapping[str, Any]], seen: CalibrationReceipt, sensitivity_sha256: str = ""
+) -> CalibrationUse:
     """Sums up the units of a finished job.
 
     Args:
         job: that was done.
         finished: what each unit recorded.
         seen: receipt of the statistics, or of the run over the set.
+        sensitivity_sha256: of the map that a budget chose by.
     """
     records = [finished[unit.name] for unit in job.units]
     folds = [record for name, record in finished.items() if name.startswith(FOLD_UNIT)]
@@ -44,6 +47,8 @@ def calibration_use(job: Job, finished: Mapping[str, Mapping[str, Any]], seen: C
         more_damped=sum(value is not None and value > 1.001 * asked for value in damping),
         not_inverted=sum(value is None for value in damping),
         sibling_scales=sum(len(record.get("input_scale_of_siblings", ())) for record in records),
+        learned_together=sum(record.get("learned", 0) for record in records),
+        sensitivity_sha256=sensitivity_sha256,
         outputs=_outputs(job, {n: v for record in records for n, v in record.get("outputs", {}).items()}),
     )
 

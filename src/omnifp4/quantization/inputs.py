@@ -9,6 +9,7 @@ from omnifp4.errors import OmniFP4Error
 if TYPE_CHECKING:
     from torch import Tensor, device
 
+    from omnifp4.algorithms.grid import Codes
     from omnifp4.calibration.hessians import LayerInputs
     from omnifp4.calibration.statistics import InputStatistics, Source, Statistics
 
@@ -30,6 +31,10 @@ class KnownInputs(Protocol):
 
     def hessian(self, weight_name: str) -> Tensor | None:
         """Full Hessian, float32 ``[in, in]``; None where only a file is at hand."""
+        ...
+
+    def learned(self, weight_name: str) -> Codes | None:
+        """Codes that were learned with the rest of its layer; None where there are none."""
         ...
 
     @property
@@ -63,14 +68,23 @@ class FileInputs:
         """A file has none."""
         return None
 
+    def learned(self, weight_name: str) -> Codes | None:
+        """A file shows no layer."""
+        return None
+
 
 class VisitedInputs:
-    """What one layer shows while a calibration set runs through it."""
+    """What one layer shows while a calibration set runs through it.
+
+    Attributes:
+        codes: learned with the whole layer, by weight name.
+    """
 
     def __init__(self, layer: LayerInputs) -> None:
         self._layer = layer
         self._names = frozenset(layer.names)
         self.device = layer.device
+        self.codes: dict[str, Codes] = {}
 
     def source(self, weight_name: str) -> Source:
         """See `KnownInputs.source`."""
@@ -87,6 +101,10 @@ class VisitedInputs:
     def hessian(self, weight_name: str) -> Tensor | None:
         """See `KnownInputs.hessian`."""
         return self._layer.hessian(weight_name)
+
+    def learned(self, weight_name: str) -> Codes | None:
+        """See `KnownInputs.learned`."""
+        return self.codes.get(weight_name)
 
 
 def need_hessian(inputs: KnownInputs, weight_name: str) -> Tensor:

@@ -40,6 +40,17 @@ class Counted(StrEnum):
     """By the share of tokens that read it: an expert's weights by experts per token over experts."""
 
 
+class Score(StrEnum):
+    """By what a budget tells how much a format costs the model."""
+
+    OUTPUT = "output"
+    """The share of a linear's output that is lost, every kind of linear in every layer alike."""
+    GRADIENT = "gradient"
+    """``sum F (w - w')**2 / 2`` with squared gradients of the model's own likelihood, which `calibrate` collected: nats."""
+    KL = "kl"
+    """The divergence that each layer of each component causes alone, from a sensitivity map: nats."""
+
+
 class _Method(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -74,10 +85,17 @@ class SvdQuant(_Method):
 
 
 class SignRound(_Method):
-    """See `omnifp4.algorithms.signround`."""
+    """See `omnifp4.algorithms.signround`.
+
+    Attributes:
+        steps: of the descent.
+        against: what is to change little: the outputs of each decoder layer, whose linears are then learned together, or
+            those of each linear on its own. Linears of a layer for which there is no memory are learned on their own.
+    """
 
     name: Literal["signround"] = "signround"
     steps: int = Field(default=200, ge=1, le=10_000)
+    against: Literal["layer", "linear"] = "layer"
 
 
 class Auto(_Method):
@@ -87,12 +105,14 @@ class Auto(_Method):
         effective_bits: budget in bits a weight.
         counted: how weights are counted.
         schemes: formats to choose from.
+        score: what tells how much each costs.
     """
 
     name: Literal["auto"] = "auto"
     effective_bits: float = Field(default=4.8, gt=0, le=16)
     counted: Counted = Counted.STORED
     schemes: tuple[Scheme, ...] = (Scheme.NVFP4, Scheme.FP8, Scheme.WIDE)
+    score: Score = Score.OUTPUT
 
 
 Method = Annotated[Nearest | Gptq | Awq | SvdQuant | SignRound | Auto, Field(discriminator="name")]

@@ -23,6 +23,7 @@ from omnifp4.receipt.plan import ComponentRow, PlanReceipt
 
 if TYPE_CHECKING:
     from omnifp4.calibration.statistics import Statistics
+    from omnifp4.receipt.sensitivity import SensitivityReceipt
 
 
 def plan_job(
@@ -34,6 +35,7 @@ def plan_job(
     output_format: OutputFormat = OutputFormat.MODELOPT,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     statistics: Statistics | None = None,
+    sensitivity: SensitivityReceipt | None = None,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Job:
@@ -48,6 +50,7 @@ def plan_job(
         max_shard_bytes: largest shard file.
         statistics: of the inputs, for a recipe that chooses formats under a budget; without them it is taken that all
             weights hurt alike, which fills the same budget.
+        sensitivity: map of an artifact of this checkpoint, for such a recipe that chooses by divergence.
         threads, progress: of the measurement that these statistics make possible.
 
     Raises:
@@ -60,7 +63,16 @@ def plan_job(
         chosen,
         rule=rule,
         overrides=overrides,
-        assigned=assign(source, chosen, overrides or {}, output_format, statistics, threads=threads, progress=progress),
+        assigned=assign(
+            source,
+            chosen,
+            overrides or {},
+            output_format,
+            statistics,
+            sensitivity=sensitivity,
+            threads=threads,
+            progress=progress,
+        ),
         output_format=output_format,
         max_shard_bytes=max_shard_bytes,
     )

@@ -22,6 +22,7 @@ from omnifp4.quantization.method import (
     Method,
     Nearest,
     Need,
+    Score,
     SignRound,
     SvdQuant,
     Weighting,
@@ -107,13 +108,13 @@ class Recipe(BaseModel):
             return self.model_copy(update={"rule": ScaleRule.SWEEP, "weighting": WEIGHTED_RULES[name]})
         return self.model_copy(update={"rule": find_rule(name), "weighting": Weighting.NONE})
 
-    def with_budget(self, effective_bits: float | None, counted: str | None) -> Recipe:
+    def with_budget(self, effective_bits: float | None, counted: str | None, choose_by: str | None = None) -> Recipe:
         """The recipe with another budget; None leaves what it has.
 
         Raises:
             RecipeError: the recipe has no budget, or the value is out of range.
         """
-        if effective_bits is None and counted is None:
+        if effective_bits is None and counted is None and choose_by is None:
             return self
         if not isinstance(self.method, Auto):
             raise RecipeError(f"recipe {self.name!r} has no budget of bits", hint="--recipe nvfp4-auto takes one")
@@ -121,7 +122,11 @@ class Recipe(BaseModel):
             raise RecipeError(f"bits counted {counted!r}: allowed are {' and '.join(Counted)}")
         if effective_bits is not None and not 0 < effective_bits <= 16:
             raise RecipeError(f"effective bits {effective_bits:g}: allowed is a number above 0 and up to 16")
+        if choose_by is not None and choose_by not in tuple(Score):
+            raise RecipeError(f"choose by {choose_by!r}: allowed are {', '.join(Score)}")
         update: dict[str, Any] = {}
+        if choose_by is not None:
+            update["score"] = Score(choose_by)
         if effective_bits is not None:
             update["effective_bits"] = effective_bits
         if counted is not None:
@@ -134,6 +139,14 @@ def _nvfp4(part: str, kinds: Iterable[str]) -> dict[str, Scheme]:
 
 
 _THINKER: Final = _nvfp4("thinker", LINEARS)
+
+_SPEECH_BEARS: Final = {
+    "talker.experts": Scheme.FP8,
+    "talker.attention": Scheme.FP8,
+    "talker.shared_experts": Scheme.NVFP4,
+}
+"""As ``benchmarks/speech_recipes.py`` found. Projections and codec head were borne too; they stay wide, because they are a
+thousandth of a released model, and engines build them without a quantization config."""
 
 RECIPES: Final[dict[str, Recipe]] = {
     recipe.name: recipe
@@ -150,6 +163,12 @@ RECIPES: Final[dict[str, Recipe]] = {
             version=1,
             title="experts, MLPs and attention of thinker and talker",
             components=_THINKER | _nvfp4("talker", LINEARS),
+        ),
+        Recipe(
+            name="nvfp4-speech",
+            version=1,
+            title="the thinker, and of the talker what speech bears: experts and attention in fp8, shared experts in nvfp4",
+            components=_THINKER | _SPEECH_BEARS,
         ),
         Recipe(
             name="nvfp4-w4a4",
@@ -206,8 +225,8 @@ RECIPES: Final[dict[str, Recipe]] = {
         ),
         Recipe(
             name="nvfp4-signround",
-            version=1,
-            title="rounding learned by sign gradients",
+            version=2,
+            title="rounding learned by sign gradients, a layer at a time",
             components=_THINKER,
             weighting=Weighting.IMPORTANCE,
             method=SignRound(),

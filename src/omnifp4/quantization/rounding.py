@@ -105,7 +105,8 @@ def _round(
         done = gptq(weight, knowledge.hessian, blocks, scale, damping=method.damping, columns=method.columns)
         rounded, damping = done.rounded, float(done.damping)
     elif isinstance(method, SignRound):
-        rounded = signround(weight, knowledge.hessian, blocks, scale, steps=method.steps)
+        learned = inputs.learned(subject.name)
+        rounded = learned or signround(weight, knowledge.hessian, blocks, scale, steps=method.steps)
     elif isinstance(method, SvdQuant):
 
         def residual(left: Tensor) -> Codes:
@@ -122,6 +123,13 @@ def _round(
         knowledge.error(weight),
     )
     return _finished(rounded, branch, damping, output)
+
+
+def scales_of(
+    subject: Subject, weight: Tensor, scale: Tensor, recipe: Recipe, rule: ScaleRule, inputs: KnownInputs
+) -> Tensor:
+    """The block scales of a weight whose inputs are known: E4M3 bits, uint8 ``[out, in / 16]``."""
+    return _Knowledge(subject, recipe, inputs).block_scales(weight, scale, rule)
 
 
 def block_scales_by(recipe: Recipe, weight: Tensor, scale: Tensor, rule: ScaleRule, blocks: Tensor) -> Tensor:

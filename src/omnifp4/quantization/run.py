@@ -90,7 +90,8 @@ def run_job(
                 write_json(staging.folder / FOLDS_NAME, folds.to_json())
             receipt = _receipt(job, staging.finished, count, resumed, time.monotonic() - started)
             if seen is not None:
-                use = calibration_use(job, staging.finished, seen)
+                assert calibration is not None
+                use = calibration_use(job, staging.finished, seen, calibration.sensitivity_sha256)
                 receipt = receipt.model_copy(update={"calibration": use})
             write_text(staging.folder / RECEIPT_NAME, receipt.model_dump_json() + "\n")
             write_text(staging.folder / CARD_NAME, model_card(receipt))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ from omnifp4.quantization.calibrated import FOLD_UNIT, CalibratedWorker
 from omnifp4.quantization.decisions import CopyUnit, EncodeUnit, FusedUnit, Job, Unit
 from omnifp4.quantization.folding import FoldPlace, find_fold, fold_places
 from omnifp4.quantization.inputs import FileInputs, KnownInputs, VisitedInputs
-from omnifp4.quantization.method import Auto, Awq, Need
+from omnifp4.quantization.method import Auto, Awq, Need, SignRound
 
 if TYPE_CHECKING:
     from omnifp4.calibration.hessians import LayerInputs
     from omnifp4.calibration.statistics import Statistics
     from omnifp4.receipt.calibration import CalibrationReceipt
+    from omnifp4.receipt.sensitivity import SensitivityReceipt
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,21 @@ class Calibration:
         statistics: an open file; None: none.
         data: a calibration set to be run through the model; None: none.
         device, dtype: of that run.
+        sensitivity: the map that a budget chose by; None: none.
     """
 
     statistics: Statistics | None = None
     data: str | Path | None = None
     device: str = "auto"
     dtype: str = "bfloat16"
+    sensitivity: SensitivityReceipt | None = None
+
+    @property
+    def sensitivity_sha256(self) -> str:
+        """Of the map; empty where there is none."""
+        if self.sensitivity is None:
+            return ""
+        return hashlib.sha256(self.sensitivity.model_dump_json().encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes that are written."""
@@ -48,6 +59,7 @@ class Calibration:
             "data": None if self.data is None else _data_identity(str(self.data)),
             "device": None if self.data is None else self.device,
             "dtype": None if self.data is None else self.dtype,
+            "sensitivity": self.sensitivity_sha256,
         }
 
 
@@ -159,15 +171,26 @@ def _visit(
     assert folder is not None and calibration.data is not None
     total = sum(unit.nbytes for unit in job.units)
     layers: dict[str, list[Unit]] = {}
+    runs = isinstance(job.recipe.method, SignRound) and job.recipe.method.against == "layer"
 
     def visitor(name: str, layer: LayerInputs) -> None:
         units = layers[name] = _units_of(job.units, name)
         waiting = [unit for unit in units if unit.name not in staging.finished]
         if not waiting:
             return
-        worker.inputs = VisitedInputs(layer)
-        _find_folds(places.get(name, []), job, staging, worker, worker.inputs)
+        worker.inputs = inputs = VisitedInputs(layer)
+        _find_folds(places.get(name, []), job, staging, worker, inputs)
         done = sum(unit.nbytes for unit in job.units if unit.name in staging.finished)
+        if runs:
+            steps = f"{name}: rounding of its linears together"
+            _learn(
+                units,
+                job,
+                worker,
+                inputs,
+                layer,
+                lambda step: progress and progress(done, total, f"{steps}, step {step}"),
+            )
         # One at a time: the arithmetic inside is parallel, and a layer's Hessians are made one by one.
         work_through(waiting, staging, worker.run, 1, _after(progress, done, total))
 
@@ -177,8 +200,38 @@ def _visit(
             progress(finished, total, f"calibration run: {what}")
 
     return visit_layers(
-        folder, calibration.data, visitor, device=calibration.device, dtype=calibration.dtype, progress=on_run
+        folder,
+        calibration.data,
+        visitor,
+        device=calibration.device,
+        dtype=calibration.dtype,
+        runs=runs,
+        progress=on_run,
     )
+
+
+def _learn(
+    units: Sequence[Unit],
+    job: Job,
+    worker: CalibratedWorker,
+    inputs: VisitedInputs,
+    layer: LayerInputs,
+    tell: Callable[[int], object],
+) -> None:
+    """Learn the rounding of a layer's NVFP4 linears together; where there is no memory for it, each is learned by itself."""
+    from omnifp4.quantization.layer_rounding import fits, round_layer
+
+    assert isinstance(job.recipe.method, SignRound)
+    groups = [
+        worker.subjects(tensors)
+        for unit in units
+        if not isinstance(unit, CopyUnit) and unit.scheme is Scheme.NVFP4
+        for tensors in ([unit.tensors] if isinstance(unit, EncodeUnit) else unit.experts)
+    ]
+    if fits(groups, inputs.device):
+        inputs.codes = round_layer(
+            groups, job.recipe, job.rule, inputs, layer, steps=job.recipe.method.steps, tell=tell
+        )
 
 
 def _units_of(units: Sequence[Unit], layer: str) -> list[Unit]:

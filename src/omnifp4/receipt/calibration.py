@@ -74,6 +74,7 @@ class CalibrationReceipt(Record):
         components: whose linears have statistics, and how many linears each; an expert's projections count one by one.
         not_captured: components with linears that have none, and why.
         block_hessians: whether they were collected.
+        gradient_positions: that squared gradients were summed over; 0 where they were not collected.
         dtype, device: of the arithmetic.
         tensors: CRC-32 of each tensor's bytes in the file.
         resumed_layers: decoder layers that an earlier run had done.
@@ -104,6 +105,7 @@ class CalibrationReceipt(Record):
     seconds: float
     peak_memory_bytes: int
     environment: Environment
+    gradient_positions: int = 0
 
 
 class ModalityCount(Record):

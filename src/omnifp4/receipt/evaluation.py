@@ -111,6 +111,8 @@ class SpeechFloor(Record):
     code_agreement: Estimate
     first_code_agreement: Estimate
     code_kl_mean: Estimate
+    later_code_agreement: Estimate | None = None
+    later_code_kl_mean: Estimate | None = None
     drift: tuple[Estimate, ...]
     frames_ratio: float
     recognition: Recognition | None
@@ -127,6 +129,8 @@ class SpeechResult(Record):
         first_code_agreement: share of frames where the likeliest first code is the same, all of the reference's codes
             before it given; where a speech ends counts as a code.
         code_kl_mean: mean divergence of these first codes' distributions, in nats.
+        later_code_agreement, later_code_kl_mean: the same of a frame's other codes, which the code predictor chooses; None
+            in records that did not look at them, and where nothing was said.
         long_utterances: the longest one, and all that are at least half as long.
         drift: mean divergence in each quarter of these, in order of time.
         frames_ratio: frames of the model over those of the reference: whether it stops early or goes on.
@@ -141,6 +145,8 @@ class SpeechResult(Record):
     code_agreement: Estimate
     first_code_agreement: Estimate
     code_kl_mean: Estimate
+    later_code_agreement: Estimate | None = None
+    later_code_kl_mean: Estimate | None = None
     long_utterances: int
     drift: tuple[Estimate, ...]
     frames_ratio: float

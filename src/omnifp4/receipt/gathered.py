@@ -5,6 +5,7 @@ from __future__ import annotations
 from omnifp4.receipt.base import RECEIPT_VERSION, Environment, Record
 from omnifp4.receipt.bench import BenchReceipt
 from omnifp4.receipt.calibration import CalibrationReceipt
+from omnifp4.receipt.comparison import ComparisonReceipt
 from omnifp4.receipt.doctor import DoctorReceipt
 from omnifp4.receipt.evaluation import EvaluationReceipt, HarnessReceipt
 from omnifp4.receipt.plan import PlanReceipt
@@ -48,6 +49,7 @@ class GatheredReceipt(Record):
     quantization: QuantizationReceipt | None = None
     verification: VerificationReceipt | None = None
     evaluations: tuple[EvaluationReceipt, ...] = ()
+    comparison: ComparisonReceipt | None = None
     harness: tuple[HarnessReceipt, ...] = ()
     sensitivity: SensitivityReceipt | None = None
     benches: tuple[BenchReceipt, ...] = ()
@@ -56,3 +58,8 @@ class GatheredReceipt(Record):
     files: tuple[GatheredFile, ...]
     notes: tuple[str, ...]
     environment: Environment
+
+    @property
+    def judged(self) -> tuple[EvaluationReceipt, ...]:
+        """Every evaluation, those of a comparison among them."""
+        return (*self.evaluations, *(self.comparison.evaluations if self.comparison else ()))

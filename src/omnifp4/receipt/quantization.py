@@ -76,6 +76,8 @@ class CalibrationUse(Record):
         not_inverted: linears whose Hessian no damping made invertible: they were rounded to the nearest.
         sibling_scales: experts that take the largest input scale of their siblings.
         outputs: by component.
+        learned_together: linears whose rounding was learned with the rest of their layer.
+        sensitivity_sha256: of the map that a budget chose by; empty where there was none.
     """
 
     method: dict[str, Any]
@@ -93,6 +95,8 @@ class CalibrationUse(Record):
     not_inverted: int
     sibling_scales: int
     outputs: dict[str, OutputError]
+    learned_together: int = 0
+    sensitivity_sha256: str = ""
 
 
 class QuantizationReceipt(Record):

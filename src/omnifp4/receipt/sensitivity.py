@@ -19,6 +19,7 @@ class SensitivityRow(Record):
         layer: number from 0; None for the whole component.
         expert: number from 0; None for the whole layer.
         linears: that become FP4 in it.
+        scheme: what they become, several joined by ``+``; empty in a map of an earlier version.
         parameters: of those.
         weight_error: ``sum((w - w')**2) / sum(w**2)`` over its linears.
         output_error: the same of the outputs of its linears, and of its experts as a whole, each fed with the inputs that
@@ -39,6 +40,7 @@ class SensitivityRow(Record):
     tokens: int | None
     kl_mean: Estimate | None
     share: float | None
+    scheme: str = ""
 
 
 class SensitivityReceipt(Record):

@@ -56,6 +56,8 @@ def calibration_text(receipt: CalibrationReceipt, out: str) -> RenderableType:
         )
     captured = ", ".join(f"{name} {count:,}" for name, count in receipt.components.items())
     lines.append(f"linears with statistics: {captured}")
+    if receipt.gradient_positions:
+        lines.append(f"squared gradients: of {receipt.gradient_positions:,} positions of what is said")
     reasons: dict[str, list[str]] = {}
     for name, reason in receipt.not_captured.items():
         reasons.setdefault(reason, []).append(name)

@@ -8,6 +8,7 @@ from omnifp4.report.figures import count_text, figure, size_text
 from omnifp4.report.schemes import quantized_parameters, scheme_names
 from omnifp4.report.sections.base import KeyFigure, Section, percent, ratio_text
 from omnifp4.report.sections.calibration import calibration_sections
+from omnifp4.report.sections.comparison import comparison_sections
 from omnifp4.report.sections.fit import fit_section
 from omnifp4.report.sections.proof import counts, proof_section
 from omnifp4.report.sections.provenance import provenance_section
@@ -26,6 +27,7 @@ def sections(receipt: GatheredReceipt) -> tuple[Section, ...]:
         proof_section(receipt),
         size_section(receipt),
         quality_section(receipt),
+        *comparison_sections(receipt),
         sensitivity_section(receipt),
         weights_section(receipt),
         *calibration_sections(receipt),
@@ -66,7 +68,7 @@ def _size(receipt: GatheredReceipt) -> tuple[KeyFigure, KeyFigure]:
 
 
 def _quality(receipt: GatheredReceipt) -> tuple[KeyFigure, KeyFigure]:
-    measured = [(item, worst) for item in receipt.evaluations[:1] if (worst := worst_modality(item))]
+    measured = [(item, worst) for item in receipt.judged[:1] if (worst := worst_modality(item))]
     if not measured:
         return (
             KeyFigure("KL from the reference", NOT_MEASURED, "omnifp4 evaluate", "none"),

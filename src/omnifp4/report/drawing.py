@@ -6,6 +6,7 @@ alone) gives the class its colour in the light and in the dark.
 
 from __future__ import annotations
 
+import unicodedata
 from html import escape
 from typing import Final, Literal
 
@@ -16,17 +17,22 @@ CHARACTER_WIDTH: Final = 7.1
 
 
 def text_width(text: str) -> float:
-    """About how wide a label is, in px."""
-    return CHARACTER_WIDTH * len(text)
+    """About how wide a label is, in px; Chinese, Japanese and Korean characters take twice the room of others."""
+    return CHARACTER_WIDTH * sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def shortened(text: str, width: float) -> str:
     """`text`, cut in its middle to fit about `width` px."""
-    most = max(int(width / CHARACTER_WIDTH), 3)
-    if len(text) <= most:
+    most = max(int(width / CHARACTER_WIDTH), 3) * CHARACTER_WIDTH
+    if text_width(text) <= most:
         return text
-    head = (most - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+    kept = len(text)
+    while kept > 2:
+        kept -= 1
+        short = f"{text[: kept // 2]}…{text[len(text) - kept + kept // 2 :]}"
+        if text_width(short) <= most:
+            return short
+    return "…"
 
 
 def clean(text: str) -> str:

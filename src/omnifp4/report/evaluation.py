@@ -46,20 +46,22 @@ def evaluation_text(receipt: EvaluationReceipt) -> RenderableType:
         f"{receipt.seconds:.1f} s on {receipt.device}, peak memory {size_text(receipt.peak_memory_bytes)}{cached}; "
         f"intervals: 95 %, {receipt.resamples:,} paired resamples; metric version {receipt.metric_version}"
     )
-    return Group(*parts, Text("\n".join(lines)), _verdict(receipt.gates, receipt.verdict))
+    return Group(*parts, Text("\n".join(lines)), limits_text(receipt.gates, receipt.verdict))
 
 
 def harness_text(receipt: HarnessReceipt) -> RenderableType:
     """Every metric of every task."""
     where = f" on {receipt.server}" if receipt.server else ""
-    table = _table(f"{receipt.model}{where}, lm-eval {receipt.harness}", "task", "metric", "value", "±", "documents")
+    table = narrow_table(
+        f"{receipt.model}{where}, lm-eval {receipt.harness}", "task", "metric", "value", "±", "documents"
+    )
     for one in receipt.results:
         error = "" if one.standard_error is None else figure(one.standard_error)
         table.add_row(one.task, one.metric, figure(one.value), error, "" if one.samples is None else f"{one.samples:,}")
-    return Group(table, Text(f"{receipt.seconds:.1f} s"), _verdict(receipt.gates, receipt.verdict))
+    return Group(table, Text(f"{receipt.seconds:.1f} s"), limits_text(receipt.gates, receipt.verdict))
 
 
-def _table(title: str, *columns: str) -> Table:
+def narrow_table(title: str, *columns: str) -> Table:
     """Eighty columns are enough for every table here; a narrower terminal folds words and cuts off none."""
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for number, column in enumerate(columns):
@@ -68,7 +70,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _modalities(receipt: EvaluationReceipt) -> Table:
-    table = _table("", "in", "KL", "95 %", "floor", "p99", "top-1", "ppl ×", "95 %")
+    table = narrow_table("", "in", "KL", "95 %", "floor", "p99", "top-1", "ppl ×", "95 %")
     for one in receipt.modalities:
         model, floor = one.model, one.floor
         table.add_row(
@@ -80,7 +82,7 @@ def _modalities(receipt: EvaluationReceipt) -> Table:
 
 
 def _tasks(receipt: EvaluationReceipt) -> Table:
-    table = _table("", "right answers", "samples", "before", "after", "points", "95 %", "floor", "lost", "gained")
+    table = narrow_table("", "right answers", "samples", "before", "after", "points", "95 %", "floor", "lost", "gained")
     for one in receipt.tasks:
         noise = "-" if one.floor is None else f"{100 * (one.floor - one.reference):+.1f}"
         table.add_row(
@@ -99,7 +101,7 @@ def _span(estimate: Estimate) -> str:
 
 
 def _layers(receipt: EvaluationReceipt) -> Table:
-    table = _table("", "after layer", "relative error", "floor", "mean cosine", "same experts")
+    table = narrow_table("", "after layer", "relative error", "floor", "mean cosine", "same experts")
     for one in receipt.layers:
         table.add_row(
             str(one.layer), figure(one.relative_error), "-" if one.floor is None else figure(one.floor),
@@ -110,7 +112,7 @@ def _layers(receipt: EvaluationReceipt) -> Table:
 
 def _speech(speech: SpeechResult) -> Table:
     """A row a figure: the model, its interval, and the noise floor."""
-    table = _table("", f"speech: {speech.utterances:,} texts, {speech.frames:,} frames", "model", "95 %", "floor")
+    table = narrow_table("", f"speech: {speech.utterances:,} texts, {speech.frames:,} frames", "model", "95 %", "floor")
     floor = speech.floor
 
     def row(name: str, model: str, interval: str = "", noise: str = "-") -> None:
@@ -126,6 +128,9 @@ def _speech(speech: SpeechResult) -> Table:
     for name, part, number in [("next code KL, given the past", speech.code_kl_mean, -1), *parts]:
         own = None if floor is None else floor.code_kl_mean if number < 0 else floor.drift[number]
         row(name, figure(part.value), _span(part), figure(own.value) if own else "-")
+    if (later := speech.later_code_kl_mean) is not None:
+        own = floor.later_code_kl_mean if floor is not None else None
+        row("  of the frame's other codes", figure(later.value), _span(later), figure(own.value) if own else "-")
     row(
         "frames, times the reference's",
         f"{speech.frames_ratio:.3f}",
@@ -144,7 +149,8 @@ def _speech(speech: SpeechResult) -> Table:
     return table
 
 
-def _verdict(gates: tuple[Gate, ...], verdict: Verdict) -> Text:
+def limits_text(gates: tuple[Gate, ...], verdict: Verdict) -> Text:
+    """Limits that were set and what they met, then the verdict."""
     text = Text()
     for gate in gates:
         text.append(f"{gate.option} {gate.limit:g}: {figure(gate.value)} ({gate.where}) ")

@@ -10,6 +10,7 @@ from omnifp4.errors import OmniFP4Error
 from omnifp4.receipt.base import Record, as_text, this_environment
 from omnifp4.receipt.bench import BenchReceipt
 from omnifp4.receipt.calibration import CalibrationReceipt
+from omnifp4.receipt.comparison import ComparisonReceipt
 from omnifp4.receipt.doctor import DoctorReceipt
 from omnifp4.receipt.evaluation import EvaluationReceipt, HarnessReceipt
 from omnifp4.receipt.gathered import GatheredFile, GatheredReceipt
@@ -27,6 +28,7 @@ KINDS: Final[dict[str, type[Record]]] = {
     "quantization": QuantizationReceipt,
     "verification": VerificationReceipt,
     "evaluation": EvaluationReceipt,
+    "comparison": ComparisonReceipt,
     "harness": HarnessReceipt,
     "sensitivity": SensitivityReceipt,
     "bench": BenchReceipt,
@@ -39,6 +41,7 @@ SINGLE: Final[dict[type[Record], str]] = {
     CalibrationReceipt: "calibration",
     QuantizationReceipt: "quantization",
     VerificationReceipt: "verification",
+    ComparisonReceipt: "comparison",
     SensitivityReceipt: "sensitivity",
     DoctorReceipt: "doctor",
 }
@@ -156,7 +159,7 @@ def _model_name(records: Sequence[Record]) -> str:
     for record in records:
         if isinstance(record, QuantizationReceipt):
             return record.source.model
-    for kind in (PlanReceipt, SensitivityReceipt, EvaluationReceipt):
+    for kind in (PlanReceipt, SensitivityReceipt, EvaluationReceipt, ComparisonReceipt):
         for record in records:
             if isinstance(record, kind):
                 model = str(getattr(record, "against", None) or getattr(record, "model", ""))
@@ -182,7 +185,7 @@ def _disagreements(gathered: GatheredReceipt) -> list[str]:
             f"quantize wrote {made.weight_bytes:,} bytes of weights and verify found {proof.weight_bytes:,}: "
             "they are of different artifacts"
         )
-    data = {item.data_sha256: item.model for item in gathered.evaluations}
+    data = {item.data_sha256: item.model for item in gathered.judged}
     if len(data) > 1:
         artifacts = " and ".join(map(folder_name, list(data.values())[:2]))
         notes.append(f"{artifacts} were evaluated on different samples: their figures cannot be compared")

@@ -18,6 +18,8 @@ R = TypeVar("R", bound=Record)
 LARGEST_BYTES: Final = 256_000_000
 """The receipt of a 35 B model has about 6 MB; what is far larger is another file."""
 LARGEST_NUMBER: Final = 2**63
+HOLDERS: Final = ("report", "comparison")
+"""Kinds that hold whole receipts."""
 
 
 class ReceiptError(OmniFP4Error):
@@ -52,7 +54,7 @@ def read_receipt(path: Path, kinds: Mapping[str, type[R]]) -> tuple[R, str]:
         known = kinds[held].model_fields["version"].default if held in kinds else "none"
         if version != known:
             raise ReceiptError(
-                f"{name}: field {field}: is {version!r:.60}; of a {held} receipt this omnifp4 reads version {known}",
+                f"{name}: field {field}: is {version!r:.60}; this omnifp4 reads version {known} of the {held} receipt",
                 hint="make the receipt again with this version of omnifp4, or read it with the one that made it",
             )
     for field, number in _numbers(value):
@@ -82,16 +84,19 @@ def _content(path: Path, name: str) -> bytes:
 
 
 def _versions(document: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Field, version and kind of a receipt and of those that a gathered one holds."""
-    yield "version", document.get("version", "missing"), str(document["receipt"])
-    if document["receipt"] != "report":
-        return
-    for field, held in document.items():
-        members = [(field, held)] if isinstance(held, dict) else []
-        members += [(f"{field}.{n}", item) for n, item in enumerate(held)] if isinstance(held, list) else []
-        for place, item in members:
-            if isinstance(item, dict) and "version" in item and isinstance(item.get("receipt"), str):
-                yield f"{place}.version", item["version"], item["receipt"]
+    """Field, version and kind of a receipt and of those that it holds: a gathered one all, a comparison its evaluations."""
+    waiting: list[tuple[str, dict[str, Any]]] = [("", document)]
+    while waiting:
+        before, holder = waiting.pop(0)
+        yield f"{before}version", holder.get("version", "missing"), str(holder["receipt"])
+        if holder["receipt"] not in HOLDERS:
+            continue
+        for field, held in holder.items():
+            members = [(field, held)] if isinstance(held, dict) else []
+            members += [(f"{field}.{n}", item) for n, item in enumerate(held)] if isinstance(held, list) else []
+            for place, item in members:
+                if isinstance(item, dict) and "version" in item and isinstance(item.get("receipt"), str):
+                    waiting.append((f"{before}{place}.", item))
 
 
 def _numbers(document: Any) -> Iterator[tuple[str, int]]:

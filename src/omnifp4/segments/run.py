@@ -169,15 +169,17 @@ def run_segments(
         )  # fmt: skip
         began, waited, read = time.perf_counter(), loader.waited_seconds, loader.read_bytes
 
-        def run_layer(number: int, sample: int, held: LayerArguments, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
+        def run_layer(
+            number: int, sample: int, held: LayerArguments, layer: Any
+        ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
             skeleton.text.config._attn_implementation = implementations[sample]
-            before = states.read(sample).to(target)
-            given = layer(before, **moved(held.named, target))
+            before, named = states.read(sample).to(target), moved(held.named, target)
+            given = layer(before, **named)
             given = after = given[0] if isinstance(given, tuple) else given
             if number < len(held.added):
                 at, added = moved((held.added_at, held.added[number]), target)
                 after = skeleton.text._deepstack_process(after, at, added)
-            return before, given, after
+            return before, given, after, named
 
         def fail(sample: int, layer: int, error: Exception) -> None:
             if on_failure is None:
@@ -202,15 +204,16 @@ def run_segments(
                         continue
                     watch.clear()
                     try:
-                        before, given, after = run_layer(number, sample, held, layer)
+                        before, given, after, named = run_layer(number, sample, held, layer)
                     except Exception as error:
                         fail(sample, number, error)
                         continue
                     states.write(sample, after, number + 1)
                     if on_layer is not None:
                         visit = LayerVisit(
-                            number, sample, name, layer, watch.inputs, part.sources, watch.routing, before, given, after
-                        )
+                            number, sample, name, layer, watch.inputs, part.sources, watch.routing, before, given, after,
+                            named,
+                        )  # fmt: skip
                         try:
                             on_layer(visit)
                         except SampleError as error:

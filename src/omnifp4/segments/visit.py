@@ -46,6 +46,7 @@ class LayerVisit:
         routing: of a layer with experts.
         before, given, after: hidden states ``(1, tokens, hidden)``: what the layer reads; what it gives; and this with the
             picture's features that the model adds behind its first layers.
+        named: keyword arguments that the layer was run with.
     """
 
     layer: int
@@ -58,6 +59,7 @@ class LayerVisit:
     before: Tensor
     given: Tensor
     after: Tensor
+    named: Mapping[str, Any]
 
     @property
     def experts(self) -> Any:

@@ -51,6 +51,7 @@ def _environments(receipt: GatheredReceipt) -> dict[str, list[Environment]]:
         receipt.calibration,
         receipt.quantization,
         receipt.verification,
+        receipt.comparison,
         receipt.sensitivity,
         receipt.doctor,
         *receipt.evaluations,

@@ -28,7 +28,7 @@ TITLE = "What it costs in answers"
 
 def quality_section(receipt: GatheredReceipt) -> Section:
     """Every evaluation; the noise floor stands beside each figure."""
-    evaluations = receipt.evaluations
+    evaluations = receipt.judged
     if not evaluations and not receipt.harness:
         return Section("quality", TITLE, missing="omnifp4 evaluate OUT --against MODEL --receipt evaluate.json")
     labels = labels_of(evaluations)
@@ -277,7 +277,7 @@ def layer_table(evaluations: tuple[EvaluationReceipt, ...], labels: list[str]) -
 
 def gates_of(receipt: GatheredReceipt, labels: list[str]) -> list[tuple[str, Gate]]:
     """Every limit that was set, with the artifact that met it or not."""
-    gates = [(label, gate) for label, item in zip(labels, receipt.evaluations, strict=True) for gate in item.gates]
+    gates = [(label, gate) for label, item in zip(labels, receipt.judged, strict=True) for gate in item.gates]
     return gates + [(folder_name(item.model), gate) for item in receipt.harness for gate in item.gates]
 
 
