@@ -1,11 +1,11 @@
 """What each scheme does to the speech of the bundled tiny model, component by component, and the recipe that follows.
 
-The search of ``omnifp4 speech-recipe`` is run twice: with the schemes that both dialects hold (nvfp4, fp8), whose outcome
-is the recipe; and with those that fewer engines read (mxfp4, int8), for the table. The answers that are spoken: those of
+The search of ``omnifp4 speech-recipe`` is run with the schemes that both dialects hold (nvfp4, fp8), whose outcome is the
+recipe; with --all-schemes once more with those that fewer engines read (mxfp4, int8), for the table. The answers that are spoken: those of
 the bundled samples that are spoken in every evaluation, and of its tasks in text every so many, so that there are more and
 longer ones.
 
-    python benchmarks/speech_recipes.py [--model FOLDER] [--every N] [--folder DIR] [--docs docs]
+    python benchmarks/speech_recipes.py [--model FOLDER] [--every N] [--all-schemes] [--folder DIR] [--docs docs]
 
 Then artifacts of the bundled recipes are made and evaluated on the same answers, packed as they are.
 
@@ -79,7 +79,7 @@ def artifacts(model: Path, data: Path, folder: Path, show: Any) -> Iterator[str]
         yield f"| `{recipe}` | {size_text(plan.weight_bytes_after)} | {' | '.join(cells)} |"
 
 
-def table(found: SpeechSearchReceipt, others: SpeechSearchReceipt) -> Iterator[str]:
+def table(found: SpeechSearchReceipt, others: SpeechSearchReceipt | None) -> Iterator[str]:
     """Lines of Markdown: a row for each trial."""
     yield "| rounded | scheme | weights | KL, first codes | KL, later codes | KL, last quarter | codes equal | digits | borne |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -87,7 +87,7 @@ def table(found: SpeechSearchReceipt, others: SpeechSearchReceipt) -> Iterator[s
     yield _trial_row(found.base_alone, found.base)
     names = list(dict.fromkeys(trial.name for trial in found.trials))
     for name in names:
-        for trial in (*found.trials, *others.trials):
+        for trial in (*found.trials, *(others.trials if others is not None else ())):
             if trial.name == name:
                 yield _trial_row(trial, next(iter(trial.schemes.values())))
     for trial in found.together:
@@ -123,7 +123,7 @@ def _estimate(value: Any) -> str:
     return "0" if value.high < NOTHING else f"{figure(value.value)} ({figure(value.low)} … {figure(value.high)})"
 
 
-def page(found: SpeechSearchReceipt, others: SpeechSearchReceipt, whole: Iterator[str], command: str) -> str:
+def page(found: SpeechSearchReceipt, others: SpeechSearchReceipt | None, whole: Iterator[str], command: str) -> str:
     """The whole page in Markdown."""
     machine = f"{os.cpu_count()} cores ({platform.machine()}), {found.device}, torch {metadata.version('torch')}"
     borne = ", ".join(f"{name} in {scheme}" for name, scheme in found.chosen.items()) or "nothing"
@@ -158,6 +158,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", type=Path, help="a wide checkpoint; the bundled tiny model if not given")
     arguments.add_argument("--every", type=int, default=5, help="speak every so many answers of the tasks in text")
+    arguments.add_argument("--all-schemes", action="store_true", help="try mxfp4 and int8 too")
     arguments.add_argument("--folder", type=Path, help="for records; a new temporary one if not given")
     arguments.add_argument("--docs", type=Path, help="folder to write costs-speech.md to")
     chosen = arguments.parse_args()
@@ -173,7 +174,7 @@ def main() -> None:
         sys.stderr.write(f"\r{done / max(total, 1):4.0%} {item[:70]:<70}")
 
     found = {}
-    for name, schemes in SEARCHES.items():
+    for name, schemes in SEARCHES.items() if chosen.all_schemes else [*SEARCHES.items()][:1]:
         record = folder / f"{name}.json"
         if record.exists():
             found[name] = SpeechSearchReceipt.model_validate_json(record.read_text("utf-8"))
@@ -183,7 +184,7 @@ def main() -> None:
         sys.stderr.write("\n")
         record.write_text(found[name].model_dump_json(indent=2) + "\n", encoding="utf-8")
     command = " ".join(["python", "benchmarks/speech_recipes.py", *sys.argv[1:]])
-    text = page(found["speech"], found["speech-others"], artifacts(model, data, folder, show), command)
+    text = page(found["speech"], found.get("speech-others"), artifacts(model, data, folder, show), command)
     if chosen.docs:
         (chosen.docs / "costs-speech.md").write_text(text, encoding="utf-8")
     print(text)

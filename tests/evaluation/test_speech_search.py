@@ -181,7 +181,7 @@ def test_a_search_makes_a_recipe_that_quantize_takes(tiny_omni: Path, few: Path,
 def test_the_bundled_recipe_goes_all_the_way(
     output_format: str, tiny_omni: Path, few: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Quantize, verify, load and evaluate, speech too, with two schemes in one talker."""
+    """Quantize, verify, load and evaluate, speech too, with two schemes in one model."""
     import omnifp4
     from omnifp4.receipt.base import Verdict
 

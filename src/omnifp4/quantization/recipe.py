@@ -143,7 +143,7 @@ _THINKER: Final = _nvfp4("thinker", LINEARS)
 _SPEECH_BEARS: Final = {
     "talker.experts": Scheme.FP8,
     "talker.attention": Scheme.FP8,
-    "talker.shared_experts": Scheme.NVFP4,
+    "talker.shared_experts": Scheme.FP8,
 }
 """As ``benchmarks/speech_recipes.py`` found. Projections and codec head were borne too; they stay wide, because they are a
 thousandth of a released model, and engines build them without a quantization config."""
@@ -167,7 +167,7 @@ RECIPES: Final[dict[str, Recipe]] = {
         Recipe(
             name="nvfp4-speech",
             version=1,
-            title="the thinker, and of the talker what speech bears: experts and attention in fp8, shared experts in nvfp4",
+            title="the thinker, and the talker's experts and attention in fp8, which is what speech bears",
             components=_THINKER | _SPEECH_BEARS,
         ),
         Recipe(
