@@ -26,6 +26,6 @@ def test_the_python_example_runs(tiny_omni: Path, tmp_path: Path, capsys: pytest
 
 
 def test_every_command_named_there_exists() -> None:
-    commands = set(re.findall(r"^omnifp4 (\w+)", README, re.MULTILINE))
+    commands = set(re.findall(r"^omnifp4 ([\w-]+)", README, re.MULTILINE))
     assert len(commands) >= 9
     assert commands <= set(get_command(app).commands)  # type: ignore[attr-defined]
