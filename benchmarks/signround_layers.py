@@ -120,7 +120,7 @@ def main() -> None:
         "by the linear": recipe_of("linear", folder),
         "by the layer": recipe_of("layer", folder),
     }
-    lines = []
+    lines: list[Any] = []
     for name, recipe in ways.items():
         artifact = folder / name.replace(" ", "-")
         begin = time.monotonic()
