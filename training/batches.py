@@ -43,7 +43,7 @@ def batch(
         rows: examples.
         end: id of the end marker.
         pad: id that fills short rows.
-        speech: `training.talker.Script`, which adds what the talker learns.
+        speech: `training.script.Script`, which adds what the talker learns.
         space: the tensors' shapes; without it they are as small as these rows allow.
         more: pictures and sounds that no row shows, for the rest of the space.
 

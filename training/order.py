@@ -47,7 +47,12 @@ class Order:
         Raises:
             SystemExit: a stage failed twice, or too little time is left. What there is by then is kept.
         """
-        todo = [stage for stage in NEEDS if not self.done(stage)]
+        todo: list[str] = []
+        for stage in NEEDS:
+            if not self.done(stage) or any(one in todo for one in NEEDS[stage]):
+                # What was made of an older result of another stage is stale.
+                self.run.result(RESULTS[stage]).unlink(missing_ok=True)
+                todo.append(stage)
         try:
             for stage in todo:
                 if not NEEDS[stage]:
@@ -65,6 +70,8 @@ class Order:
                 process.kill()
         if self.failed:
             raise SystemExit(f"the stage {self.failed[0]} failed; the same command goes on with what is done")
+        if missing := [stage for stage in NEEDS if not self.done(stage)]:
+            raise SystemExit(f"not done: {', '.join(missing)}; the same command goes on")
         self.run.examine()
 
     def begin(self, stage: str, *more: str) -> None:

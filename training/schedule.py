@@ -25,10 +25,19 @@ class Clock:
         modules: what is saved beside the optimizer, by name.
         state: file for the state of an interrupted stage; removed at the end.
         log: a function that prints one line.
+        pace: times what is left of the seconds, where the run is late.
     """
 
     def __init__(
-        self, stage: str, seconds: float, optimizer: Any, rate: float, modules: dict[str, Any], state: Path, log: Any
+        self,
+        stage: str,
+        seconds: float,
+        optimizer: Any,
+        rate: float,
+        modules: dict[str, Any],
+        state: Path,
+        log: Any,
+        pace: float = 1.0,
     ) -> None:
         self.stage, self.seconds, self.optimizer, self.rate = stage, seconds, optimizer, rate
         self.modules, self.state, self.log = modules, state, log
@@ -44,6 +53,8 @@ class Clock:
             for name, module in modules.items():
                 module.load_state_dict(saved[name])
             log(f"{stage}: goes on at step {self.step}, {self._before:.0f} s of {seconds:.0f} s done")
+        # What was trained before is trained: only the rest is shortened, so that the rate still comes down.
+        self.seconds = self._before + pace * max(0.0, seconds - self._before)
 
     def __iter__(self) -> Iterator[int]:
         begun = saved = told = time.monotonic()
@@ -83,5 +94,5 @@ class Clock:
         partial.replace(self.state)
 
     def done(self) -> None:
-        """The stage's result is written: its state is of no more use."""
+        """The stage is trained to its end: its state is of no more use."""
         self.state.unlink(missing_ok=True)

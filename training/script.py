@@ -58,9 +58,6 @@ class Script:
                     raise SystemExit(f"no training recording of {digit} by {speaker}")
                 self.takes[voice, digit] = sorted(numbers, key=lambda one: -clear[one])[:TAKES]
 
-    def seeded(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
     def frames(self, voice: str, digits: Sequence[int]) -> tuple[Any, Any]:
         """Codes of digits said one after the other, ``(frames, groups)``, and the weight of each frame, ``(frames,)``.
 

@@ -80,10 +80,10 @@ class Run:
         from training.schedule import Clock
 
         minutes = getattr(self.options, f"{stage}_minutes")
-        seconds = self.pace * 60 * (SHARES[stage] * self.options.minutes if minutes is None else minutes)
+        seconds = 60 * (SHARES[stage] * self.options.minutes if minutes is None else minutes)
         rate = RATES[stage] * (AGAIN if self.before else 1.0)
         return lambda optimizer, modules: Clock(
-            stage, seconds, optimizer, rate, modules, self.work / f"{stage}.state", self.log
+            stage, seconds, optimizer, rate, modules, self.work / f"{stage}.state", self.log, self.pace
         )
 
     def author(self, test: bool, seed: int) -> Any:
@@ -175,8 +175,8 @@ class Run:
             count=self.options.crops,
         )
         self.save("encoder", encoder)
-        self.note("codec", {"judge on held-out recordings": accuracy, **self.coded(encoder, listener)})
         self.save("code2wav", self.model.code2wav)
+        self.note("codec", {"judge on held-out recordings": accuracy, **self.coded(encoder, listener)})
 
     def coded(self, encoder: Any, listener: Any) -> dict[str, float]:
         """Whether the judge still hears the digit of a held-out recording that went through the codec."""
@@ -279,8 +279,9 @@ class Run:
         self.see()
         self.load("talker", self.model.talker)
         helpers = {"judge": listener, "encoder": encoder, "ear": teacher}
+        # An examination that is cut off leaves no earlier results beside the new weights.
+        (self.options.out / "results.json").unlink(missing_ok=True)
         export.write(self.model, helpers, self.options.out)
-        shutil.rmtree(self.options.out / UNFINISHED, ignore_errors=True)
         # From here on the weights are what was written: BF16.
         self.model.load_state_dict({name: value.bfloat16().float() for name, value in self.model.state_dict().items()})
         script, author = self.script(encoder, teacher), self.author(True, 11)
@@ -301,7 +302,10 @@ class Run:
         )
         results |= self.notes()
         results["parameters"] = sum(one.numel() for one in self.model.parameters())
-        (self.options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        partial = self.options.out / "results.json.partial"
+        partial.write_text(json.dumps(results, indent=2) + "\n")
+        partial.replace(self.options.out / "results.json")
+        shutil.rmtree(self.options.out / UNFINISHED, ignore_errors=True)
         self.log(json.dumps({name: results[name] for name in ("thinker in BF16", "speech, sampled", "speech, greedy")}))
 
     def keep(self) -> None:

@@ -118,7 +118,7 @@ class Stages:
         from training.order import RESULTS
 
         self.told.append(" ".join(("begin", stage, *more)))
-        status = self.ends.get(stage, [0]).pop(0) if stage in self.ends else 0
+        status = self.ends[stage].pop(0) if stage in self.ends else 0
         result = self.run.result(RESULTS[stage])
         told = self.told
 
