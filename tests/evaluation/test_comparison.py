@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import omnifp4
 from omnifp4.cli import main
 from omnifp4.errors import OmniFP4Error
-from omnifp4.evaluation.comparison import worth
+from omnifp4.evaluation.comparison import check_models, worth
 from omnifp4.evaluation.comparison_results import (
     bytes_told,
     conclusion,
@@ -323,6 +323,37 @@ def test_what_is_worth_it_is_said_in_one_sentence(compared: Any) -> None:
     broken = free.model_copy(update={"verdict": Verdict.FAIL, "model": "/x/broken"})
     assert worth([base, free, dear, small, broken], "/x/base") == (
         "worth it over base at no more bytes: free; nearer than base for more bytes: dear; "
-        "smaller than base and not told apart from it: small"
+        "smaller than base and not told apart from it: small; nearer than base in some respect, but failed: broken"
     )
     assert comparison_text(compared) is not None
+
+
+def test_floors_and_signs_reach_the_findings() -> None:
+    from types import SimpleNamespace
+
+    from omnifp4.evaluation.comparison_results import speech_difference
+
+    samples, first, second = sides()
+    noise = SimpleNamespace(kl_mean=SimpleNamespace(value=1e6), code_kl_mean=SimpleNamespace(value=1e6))
+    floors: Any = SimpleNamespace(
+        modalities=(SimpleNamespace(modality="text", floor=noise),), speech=SimpleNamespace(floor=noise)
+    )
+    none: Any = NoFloors()
+    for one in first:
+        one.agrees[0] = False
+    (found,) = modality_differences(samples, first, second, none, seed=0)
+    assert found.top1_difference.value == pytest.approx(0.2)
+    (found,) = modality_differences(samples, first, second, floors, seed=0)
+    assert (found.floor, found.finding) == (1e6, Finding.SAME)
+    utterance = SimpleNamespace(codes=np.ones((3, 4), dtype=np.int64))
+    said: Any = [SimpleNamespace(utterance=utterance) for _ in samples]
+    spoken: Any = [[SimpleNamespace(utterance=utterance, codes=one) for one in side] for side in (first, second)]
+    speech = speech_difference(said, *spoken, none, seed=0)
+    assert speech.code_kl.value < 0
+    assert speech.finding is Finding.NEARER
+    assert speech_difference(said, *spoken, floors, seed=0).finding is Finding.SAME
+
+
+def test_names_that_tables_could_not_tell_apart_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OmniFP4Error, match="two artifacts are named 'out'"):
+        check_models([tmp_path / "a" / "out", tmp_path / "b" / "out"])

@@ -10,6 +10,7 @@ import pytest
 
 import omnifp4
 from omnifp4.formats.nvfp4 import ScaleRule
+from omnifp4.quantization import layer_rounding
 from omnifp4.quantization.recipe import RECIPES, find_recipe
 
 torch: Any = pytest.importorskip("torch")
@@ -58,6 +59,10 @@ def test_a_layer_gives_nearly_what_it_gave_and_gets_its_weights_back(tiny_omni: 
         assert not any(parameter.requires_grad for parameter in layer.module.parameters())
         assert set(codes) == {weight for weight in before if inputs.source(weight) == "routed"} != set(before)
         assert len(layer.runs) == SAMPLES
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layer_rounding, "BATCH", 2)
+            batches = layer_rounding._Layer(layer, [], 20, 0)._batches
+        assert {number for batch in batches for number in batch} == set(range(SAMPLES)), "every sample has its turn"
 
         def error(values: dict[str, Any]) -> float:
             for weight, value in values.items():
@@ -107,7 +112,6 @@ def test_no_memory_for_a_layer_is_the_form_by_the_linear(
     tiny_omni: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record says how many were learned together, so nothing falls back unseen."""
-    from omnifp4.quantization import layer_rounding
 
     whole, alone = (recipe_file(tmp_path / f"{name}.json", against=name) for name in ("layer", "linear"))
     settings: dict[str, Any] = {"data": data, "device": "cpu", "threads": 1}

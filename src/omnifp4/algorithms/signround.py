@@ -139,7 +139,7 @@ def signround_together(
         tell: called with the steps that are done.
 
     Returns:
-        The codes of least loss among `LOOKS` looks, of which rounding to the nearest is the first; the loss of that, and of
+        The codes of least loss among rounding to the nearest and `LOOKS` looks after it; the loss of that, and of
         these.
     """
     looks = {round(steps * look / LOOKS) for look in range(LOOKS + 1)}

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from omnifp4.receipt.calibration import CalibrationReceipt, SetReceipt
 
 Progress = Callable[[int, int, str], None]
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 def dataset(

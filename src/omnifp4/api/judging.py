@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from omnifp4.receipt.speech_search import SpeechSearchReceipt
 
 Progress = Callable[[int, int, str], None]
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 def bench(

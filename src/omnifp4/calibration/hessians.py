@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -190,11 +190,6 @@ class _Group:
     counts: tuple[int, ...]
 
 
-def _chunks(inputs: Tensor) -> Iterator[Tensor]:
-    for begin in range(0, len(inputs), CHUNK_TOKENS):
-        yield inputs[begin : begin + CHUNK_TOKENS]
-
-
 class _Kept(LayerInputs):
     """What the samples left of one layer."""
 
@@ -290,7 +285,7 @@ class _Kept(LayerInputs):
         if self._hessian is None or self._hessian[0] != key:
             self._hessian = None
             found = torch.zeros(inputs.shape[1], inputs.shape[1], device=inputs.device)
-            for chunk in _chunks(inputs):
+            for chunk in torch.split(inputs, CHUNK_TOKENS):
                 x = chunk.float()
                 found.addmm_(x.T, x)
             # Products on a GPU need not be symmetric to the last bit.
@@ -307,7 +302,7 @@ class _Kept(LayerInputs):
         """See `LayerInputs.statistics`."""
         source, inputs = self.source(weight_name), self._inputs(weight_name)
         sums = Sums(1, inputs.shape[1], inputs.device, blocks=True)
-        for chunk in _chunks(inputs):
+        for chunk in torch.split(inputs, CHUNK_TOKENS):
             sums.add(0, chunk)
         means = sums.means("", source)
         found = {field: means[f".{source}.{field}"][0] for field in FIELDS[1:] if f".{source}.{field}" in means}

@@ -187,7 +187,7 @@ class Statistics:
         if rows is None or columns is None or not self.receipt.gradient_positions:
             raise OmniFP4Error(
                 f"{self.path}: no gradients of {weight_name!r}",
-                hint="omnifp4 calibrate MODEL FILE --gradients collects them",
+                hint="omnifp4 calibrate MODEL FILE --gradients collects them, of the thinker's layers only",
             )
         return GradientStatistics(rows / self.receipt.gradient_positions, columns / self.receipt.gradient_positions)
 

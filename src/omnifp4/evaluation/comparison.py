@@ -73,6 +73,10 @@ def check_models(models: Sequence[Path]) -> None:
     for place in places:
         if places.count(place) > 1:
             raise OmniFP4Error(f"{place} is given twice", hint="name each artifact once")
+        if len({one for one in places if one.name == place.name}) > 1:
+            raise OmniFP4Error(
+                f"two artifacts are named {place.name!r}, and tables name them so", hint="rename one folder"
+            )
 
 
 def _compared(one: Judged, baseline: Judged, found: Judgement, seed: int) -> ArtifactComparison:
@@ -129,7 +133,16 @@ def worth(artifacts: Sequence[ArtifactComparison], baseline: str) -> str:
         told.append(f"nearer than {name} for more bytes: {', '.join(dear)}")
     if small := named(Finding.SAME, fewer=True):
         told.append(f"smaller than {name} and not told apart from it: {', '.join(small)}")
-    if not free and not dear:
+    if mixed := named(Finding.MIXED):
+        told.append(f"nearer than {name} in one respect and worse in another: {', '.join(mixed)}")
+    broken = [
+        Path(one.model).name
+        for one in artifacts
+        if one.verdict is Verdict.FAIL and one.finding in (Finding.NEARER, Finding.MIXED)
+    ]
+    if broken:
+        told.append(f"nearer than {name} in some respect, but failed: {', '.join(broken)}")
+    if not free and not dear and not mixed and not broken:
         told.append(f"nothing is nearer to the reference than {name} by more than these samples can tell")
     return "; ".join(told)
 

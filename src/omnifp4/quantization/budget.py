@@ -121,13 +121,13 @@ def assign(
 
 
 def _refuse_map(recipe: Recipe, sensitivity: SensitivityReceipt | None) -> None:
-    by_divergence_alone = isinstance(recipe.method, Auto) and recipe.method.score is Score.KL
-    if sensitivity is not None and not by_divergence_alone:
+    needs_map = isinstance(recipe.method, Auto) and recipe.method.score is Score.KL
+    if sensitivity is not None and not needs_map:
         raise RecipeError(
             f"recipe {recipe.name!r} does not choose by divergence, so a sensitivity map has no use",
             hint="leave it out, or --recipe nvfp4-auto --choose-by kl",
         )
-    if sensitivity is None and by_divergence_alone:
+    if sensitivity is None and needs_map:
         raise RecipeError(
             f"recipe {recipe.name!r} chooses by divergence and needs a map of it",
             hint=f"add --sensitivity FILE; {MAP_HINT}",

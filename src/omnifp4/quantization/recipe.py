@@ -37,6 +37,9 @@ LINEARS: Final = ("attention", *MLPS)
 WEIGHTED_RULES: Final = {weighting.value: weighting for weighting in Weighting if weighting is not Weighting.NONE}
 """Names that ``--rule`` takes beside those of `ScaleRule`: the sweep, its errors weighed by what is known of the inputs."""
 
+MOST_NAME: Final = 80
+"""Characters of a recipe's name."""
+
 
 COMPONENT_NAMES: Final = frozenset(Component(part, kind).name for part in Part for kind in Kind)
 
@@ -57,7 +60,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1, max_length=80)
+    name: str = Field(min_length=1, max_length=MOST_NAME)
     version: int = Field(ge=1)
     title: str = ""
     components: dict[str, Scheme]

@@ -37,7 +37,7 @@ def by_divergence(
         found: a map of an artifact with all of these groups in NVFP4.
 
     Raises:
-        RecipeError: the map is of another model, of other components or of another format, was drawn without divergences,
+        RecipeError: the map is of a model of other sizes, of other components or of another format, was drawn without divergences,
             or shows none above its noise.
     """
     floor = found.noise_floor or 0.0
