@@ -15,9 +15,9 @@ from omnifp4.benchmark.measurement import figures, measure
 from omnifp4.benchmark.progress import Steps
 from omnifp4.benchmark.settings import Settings
 from omnifp4.benchmark.subject import Subject, open_subject
-from omnifp4.errors import OmniFP4Error
 from omnifp4.receipt.base import Verdict, this_environment
 from omnifp4.receipt.bench import BenchMachine, BenchReceipt, BenchSettings, Measured, RatioRow
+from omnifp4.runtime.devices import find_device
 
 
 def run_bench(
@@ -73,27 +73,6 @@ def run_bench(
         seconds=time.monotonic() - begun,
         environment=this_environment(),
     )
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` takes the first GPU, or the processor.
-
-    Raises:
-        OmniFP4Error: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise OmniFP4Error(f"device is {name!r}", hint="allowed: auto, cpu, cuda, cuda:1 …")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OmniFP4Error(
-            f"device {name!r} is not here: torch sees {torch.cuda.device_count()} GPU(s)", hint="omnifp4 doctor"
-        )
-    return device
 
 
 def _measure_one(

@@ -22,7 +22,7 @@ def as_array(value: Any, kind: str, where: str) -> np.ndarray[Any, np.dtype[Any]
     """
     try:
         return np.asarray(value)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise MediaError(
             f"{where}: a value of type {type(value).__name__} is no {kind}: {str(error)[:200]}",
             hint="allowed: a path, a data URL, bytes, an array",

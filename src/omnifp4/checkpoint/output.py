@@ -194,11 +194,15 @@ def write_all(file: int, data: bytes | memoryview, position: int) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

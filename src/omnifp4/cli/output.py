@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ def check_receipt(path: Path | None) -> None:
     """Refuse, before any work, a file that could not be written after it.
 
     Raises:
-        OutputError: its folder is missing, or it is a folder itself.
+        OutputError: its folder is missing or may not be written to, or it is a folder itself.
     """
     if path is None:
         return
@@ -31,6 +32,8 @@ def check_receipt(path: Path | None) -> None:
         raise OutputError(f"cannot write {path}: it is a folder", hint="--receipt FILE")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: {path.parent} is no folder", hint="make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: {path.parent} may not be written to", hint="choose another folder")
 
 
 class Output:

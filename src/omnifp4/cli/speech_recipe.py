@@ -53,17 +53,22 @@ def speech_recipe(
         raise OutputError(f"{recipe} exists", hint="choose another name, or remove it")
     check_receipt(recipe)
     check_receipt(receipt)
+    if receipt is not None and receipt.resolve() == recipe.resolve():
+        raise OutputError(f"--receipt is {receipt}, the recipe's own file", hint="choose another name")
     hush_libraries()
     with output.steps("speech-recipe") as steps:
         found = search(
             model, data=data, samples=samples, base=base, schemes=[name.strip() for name in schemes.split(",")],
             times_floor=times_floor, name=recipe.stem, device=device, cache=cache, seed=seed, progress=steps,
         )  # fmt: skip
+    path = recipe
     try:
-        write_text(recipe, json.dumps(found.recipe, indent=2) + "\n")
+        write_text(path, json.dumps(found.recipe, indent=2) + "\n")
         if receipt is not None:
-            write_text(receipt, found.model_dump_json(indent=2) + "\n")
+            path = receipt
+            write_text(path, found.model_dump_json(indent=2) + "\n")
     except OSError as error:
-        raise OutputError(f"{error.filename}: cannot be written: {error.strerror}") from None
+        output.result(found, speech_search_text(found))  # hours of work; with --json the recipe is in it
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
     output.result(found, speech_search_text(found))
     output.say(f"next: omnifp4 quantize {shlex.quote(model)} OUT --recipe {shlex.quote(str(recipe))}")

@@ -68,6 +68,8 @@ def side_figures(
     # Where the reference says nothing, saying nothing is what there is to agree on.
     codes = np.array([float(max(1, known.utterance.codes.size)) for known, _ in pairs])
     steps = np.array([float(said.codes.finite.sum()) for _, said in pairs])
+    if not steps.any():  # nothing to take a mean of; `non_finite` tells
+        steps = np.ones(len(pairs))
     agreed = np.array([float(said.codes.agrees[said.codes.finite].sum()) for _, said in pairs])
     diverged = np.array([float(said.codes.kl[said.codes.finite].sum()) for _, said in pairs])
     frames = sum(len(known.utterance.codes) for known, _ in pairs)

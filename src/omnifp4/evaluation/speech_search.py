@@ -1,7 +1,7 @@
 """Which schemes a talker and its code predictor bear: each component is rounded alone, and its speech judged.
 
 A component gets the smallest scheme under which its speech is no further from the wide model's than a stated multiple of
-what another order of rounding in BF16 does, and no spoken digit is lost. What was chosen is then judged together, and
+what another order of rounding in BF16 does, and no loss of spoken digits can be told from chance. What was chosen is then judged together, and
 widened where the damage adds up.
 """
 
@@ -36,7 +36,7 @@ from omnifp4.models.base import Kind, Part
 from omnifp4.models.source import Source, match_source
 from omnifp4.quantization.decisions import OutputFormat, stored_tensors
 from omnifp4.quantization.method import Need
-from omnifp4.quantization.recipe import RECIPES, Recipe, choose_schemes, find_recipe
+from omnifp4.quantization.recipe import MOST_NAME, RECIPES, Recipe, choose_schemes, find_recipe
 from omnifp4.receipt.base import as_text, package_version, this_environment
 from omnifp4.receipt.evaluation import SpeechFloor
 from omnifp4.receipt.speech_search import SpeechSearchReceipt, SpeechTrial
@@ -121,6 +121,10 @@ def _checked(settings: SpeechSearchSettings) -> Recipe:
         raise OmniFP4Error("schemes to try: one or more are needed, all narrower than bf16", hint=f"allowed: {told}")
     if settings.name in RECIPES:
         raise OmniFP4Error(f"recipe name {settings.name!r} is that of a bundled recipe", hint="choose another")
+    if not 1 <= len(settings.name) <= MOST_NAME:
+        raise OmniFP4Error(
+            f"recipe name {settings.name[:20]!r}… has {len(settings.name)} characters", hint=f"1 to {MOST_NAME}"
+        )
     base = find_recipe(settings.base)
     if base.need is not Need.NOTHING:
         raise OmniFP4Error(
@@ -211,7 +215,9 @@ class _Search:
         talkers: dict[str, Talker] = {}
 
         def talker(attention: str) -> Talker:
-            return talkers.setdefault(attention, self._talker(attention))
+            if attention not in talkers:
+                talkers[attention] = self._talker(attention)
+            return talkers[attention]
 
         self.reference, again = speak_reference(
             self.samples, talker, store, floor=True, tell=self._telling("reference")
@@ -275,7 +281,12 @@ class _Search:
             if not tried[-1].exceeds:
                 break
             worst = max(chosen, key=lambda group: self._damage(trials[group, chosen[group]].speech))
-            wider = [scheme for scheme in borne[worst] if _bits(scheme) > _bits(chosen[worst])]
+            damage = self._damage(trials[worst, chosen[worst]].speech)
+            wider = [
+                scheme
+                for scheme in borne[worst]
+                if _bits(scheme) > _bits(chosen[worst]) and self._damage(trials[worst, scheme].speech) < damage
+            ]
             if wider:
                 chosen[worst] = wider[0]
             else:

@@ -25,14 +25,13 @@ def speech_search_text(receipt: SpeechSearchReceipt) -> RenderableType:
     for column in ("rounded", "to", "saves", "KL first", "later", "last ¼", "equal", "digits", "borne"):
         table.add_column(column, no_wrap=True)
     table.add_row("nothing (the floor)", "bf16", "", *_cells(receipt.floor), "")
-    for trial in (receipt.base_alone, *receipt.trials, *receipt.together, *filter(None, [receipt.with_base])):
+    trials = (receipt.base_alone, *receipt.trials, *receipt.together, *filter(None, [receipt.with_base]))
+    for trial in trials:
         schemes = list(dict.fromkeys(trial.schemes.values()))
         scheme = schemes[0] if len(schemes) == 1 else "mixed"
         saved = size_text(trial.bytes_before - trial.bytes_after)
         table.add_row(trial.name, scheme, saved, *_cells(trial.speech), "no" if trial.exceeds else "yes")
-    lines = [
-        f"{_name(trial)}: {'; '.join(trial.exceeds)}" for trial in (*receipt.trials, *receipt.together) if trial.exceeds
-    ]
+    lines = [f"{_name(trial)}: {'; '.join(trial.exceeds)}" for trial in trials if trial.exceeds]
     chosen = ", ".join(f"{name} in {scheme}" for name, scheme in receipt.chosen.items())
     told = f"chosen: {chosen}; the rest of what speaks stays wide" if chosen else "all that speaks stays wide"
     head = (

@@ -104,7 +104,7 @@ class Settings:
             raise OmniFP4Error(f"{self.media_folder} is not a folder", hint="--allow-media-folder FOLDER")
         for option, hosts in (("--allow-media-host", self.media_hosts), ("--allow-host", self.allow_hosts)):
             for host in hosts:
-                if not host.strip() or "/" in host or ":" in host.strip("[]").replace("::", ""):
+                if not host or host != host.strip() or "/" in host or (":" in host and not _is_ipv6(host.strip("[]"))):
                     raise OmniFP4Error(
                         f"{option} is {host!r}, which is no host name",
                         hint=f"without scheme and port: {option} chat.example.org",
@@ -128,4 +128,13 @@ class Settings:
         """
         if not self.is_loopback:
             return None
-        return frozenset(name.lower() for name in ("localhost", "127.0.0.1", "::1", self.host, *self.allow_hosts))
+        return frozenset(
+            name.lower().strip("[]") for name in ("localhost", "127.0.0.1", "::1", self.host, *self.allow_hosts)
+        )
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
