@@ -203,6 +203,7 @@ def test_the_bundled_recipe_goes_all_the_way(
         ({"base": "nvfp4-thinker-talker"}, "says what happens to the talker"),
         ({"base": "nvfp4-gptq"}, "looks at inputs, and a search rounds without them"),
         ({"name": "nvfp4-speech"}, "that of a bundled recipe"),
+        ({"name": "n" * 81}, "has 81 characters"),
         ({"data": "silent"}, "no sample is to be spoken"),
     ],
 )
@@ -225,3 +226,5 @@ def test_the_command_refuses_before_it_loads(tiny_omni: Path, tmp_path: Path) ->
     for name, told in (("recipe.txt", r"ends in \.json"), ("there.json", "exists"), ("no/such.json", "is no folder")):
         with pytest.raises(OmniFP4Error, match=told):
             speech_recipe(str(tiny_omni), tmp_path / name)
+    with pytest.raises(OmniFP4Error, match="the recipe's own file"):
+        speech_recipe(str(tiny_omni), tmp_path / "mine.json", receipt=tmp_path / "mine.json")

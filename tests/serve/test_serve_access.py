@@ -75,6 +75,7 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         ({"api_key": "sesame\n"}, "begins or ends with white space"),
         ({"allow_hosts": ("chat.example:443",)}, "--allow-host is 'chat.example:443', which is no host name"),
         ({"allow_hosts": ("https://chat.example",)}, "which is no host name"),
+        ({"allow_hosts": (" chat.example",)}, "which is no host name"),
         ({"media_folder": tmp_path / "none"}, "is not a folder"),
         ({"media_hosts": ("http://x",)}, "--allow-media-host is 'http://x', which is no host name"),
     ]
@@ -87,6 +88,9 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         listen(Settings(name="x", port=taken.getsockname()[1]))
     taken.close()
     assert "localhost" in (Settings(name="x", host="LOCALHOST").known_hosts or ()), "however it is spelt"
+    assert {"2001:db8::1", "fd00::5"} <= (
+        Settings(name="x", allow_hosts=("2001:db8::1", "[fd00::5]")).known_hosts or frozenset()
+    )
     assert not Settings(name="x", host="0.0.0.0").is_loopback and Settings(name="x", host="0.0.0.0").known_hosts is None
 
 

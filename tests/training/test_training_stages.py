@@ -157,6 +157,30 @@ def test_stages_are_called_when_what_they_need_is_done(new_run: Any, monkeypatch
     assert again.told == ["examine"], "what is done is not done again"
 
 
+def test_what_was_made_of_an_older_result_is_made_again(new_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = Stages(new_run(), monkeypatch, {})
+    stages.order.go()
+    stages.run.result("eye").unlink()
+    again = Stages(stages.run, monkeypatch, {})
+    again.order.go()
+    assert [one for one in again.told if one.startswith("call")] == ["call eye", "call talker"]
+
+
+def test_only_the_rest_of_a_late_stage_is_shortened(tmp_path: Path) -> None:
+    from training.schedule import Clock
+
+    net = torch.nn.Linear(4, 4)
+
+    def clock(pace: float) -> Any:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1.0)
+        return Clock("eye", 100.0, optimizer, 1e-2, {"net": net}, tmp_path / "eye.state", lambda _: None, pace)
+
+    first = clock(1.0)
+    first._save(80.0)
+    assert first.seconds == 100.0
+    assert clock(0.5).seconds == 90.0, "80 are done, and half of the other 20"
+
+
 def test_a_step_that_cannot_be_recorded_runs_again_step_by_step(
     new_run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
