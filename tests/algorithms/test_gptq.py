@@ -8,7 +8,7 @@ from algorithm_data import correlated, heavy_tailed, hessian_of
 from torch import Tensor
 
 from omnifp4.algorithms.errors import damped, error_of
-from omnifp4.algorithms.gptq import _columns, _compiled_columns, gptq
+from omnifp4.algorithms.gptq import _columns, _compiled_columns, _inverse_of_upper, gptq
 from omnifp4.algorithms.grid import Codes, column_scale, decode, e2m1_values, encode, round_to_e2m1, tensor_scales
 from omnifp4.algorithms.scales import choose_block_scales
 from omnifp4.formats.nvfp4 import ScaleRule
@@ -112,3 +112,14 @@ def test_experts_together_equal_each_alone() -> None:
     for number in range(3):
         alone = gptq(weights[number], hessians[number], blocks[number], scale[number])
         assert (together.rounded.codes[number] != alone.rounded.codes).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("width", [1, 255, 600])
+def test_the_inverse_of_a_triangular_factor(width: int) -> None:
+    upper = torch.linalg.cholesky(damped(hessian_of(correlated(2 * width, width))).double(), upper=True)
+    found = _inverse_of_upper(torch.stack([upper, 2 * upper]).float())
+    expected = torch.linalg.inv(upper)
+    for number, factor in enumerate((1, 2)):
+        off = (found[number].double() * factor - expected).norm() / expected.norm()
+        assert off < 1e-4
+    assert not bool(found.tril(-1).any())

@@ -189,7 +189,7 @@ def folded(tensors: Tensors, name: str, folds: Any) -> Any:
 
 
 def logits(folder: Path) -> Any:
-    model = omnifp4.load(folder, speech=False)
+    model = omnifp4.load(folder, speech=False, device="cpu")
     ids = torch.arange(300, 340).view(1, -1)
     with torch.no_grad():
         return model.thinker(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
@@ -212,7 +212,7 @@ def test_a_router_that_misses_its_fold_is_found(made: Any, tiny_omni: Path, tmp_
 def test_svdquant_computes_the_branch_beside_the_codes(made: Any) -> None:
     """The packed model with its branches gives what the same weights, put together, give."""
     artifact, _ = made("nvfp4-svdquant")
-    model = omnifp4.load(artifact, speech=False)
+    model = omnifp4.load(artifact, speech=False, device="cpu")
     layer = model.thinker.get_decoder().layers[0]
     query = layer.self_attn.q_proj
     x = torch.randn(7, query.in_features, generator=torch.Generator().manual_seed(0))

@@ -30,10 +30,15 @@ def error_of(difference: Tensor, hessian: Tensor) -> Tensor:
 
 def error_under(difference: Tensor, hessian: Tensor) -> Tensor:
     """`error_of` under a full Hessian ``[in, in]``, or under blocks of one ``[in / 16, 16, 16]``, of ``[out, in]``."""
+    return errors_of_rows(difference, hessian).sum()
+
+
+def errors_of_rows(difference: Tensor, hessian: Tensor) -> Tensor:
+    """The share of each row ``[out]`` in `error_under`."""
     if hessian.ndim == 2:
-        return error_of(difference, hessian)
+        return ((difference @ hessian) * difference).sum(dim=-1)
     blocks = difference.reshape(difference.shape[0], -1, BLOCK_SIZE).transpose(0, 1)
-    return ((blocks @ hessian) * blocks).sum()
+    return ((blocks @ hessian) * blocks).sum(dim=(0, 2))
 
 
 def scaled_blocks(blocks: Tensor, factors: Tensor) -> Tensor:

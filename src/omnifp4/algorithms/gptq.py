@@ -8,7 +8,9 @@ every column keeps the scale of its own block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Final, NamedTuple
 
 import torch
@@ -19,6 +21,9 @@ from omnifp4.algorithms.grid import Codes, column_scale, e2m1_values, round_to_e
 
 COLUMNS: Final = 128
 """Columns whose errors are spread at once over the columns after them."""
+
+SMALLEST_SOLVE: Final = 256
+"""Width up to which a triangular matrix is inverted whole."""
 
 MORE_DAMPING: Final = (1.0, 10.0, 100.0)
 """Factors of the damping that are tried in turn where a Hessian is still singular."""
@@ -64,10 +69,20 @@ def gptq(
     sorted_hessian = hessian.gather(-1, order[..., None, :].expand_as(hessian))
     sorted_hessian = sorted_hessian.gather(-2, order[..., :, None].expand_as(hessian))
     spread, used = _inverse_factor(sorted_hessian, damping)
-    run = _compiled_columns if weight.device.type == "cpu" else _columns
-    codes = run(left, scale, spread, columns)
+    codes = _run_for(weight.device)(left, scale, spread, columns)
     back = order.argsort(dim=-1)[..., None, :].expand(*lead, rows, width)
     return GptqResult(Codes(codes.gather(-1, back), block_scale, tensor_scale), used)
+
+
+def _run_for(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    """What rounds the columns there."""
+    if device.type == "cpu":
+        return _compiled_columns
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from omnifp4.algorithms.gptq_cuda import columns_on_gpu
+
+        return columns_on_gpu
+    return _columns
 
 
 def _columns(left: Tensor, scale: Tensor, spread: Tensor, columns: int) -> Tensor:
@@ -128,17 +143,36 @@ def _compiled_columns(left: Tensor, scale: Tensor, spread: Tensor, columns: int)
 
 def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """The upper U with ``U' U = H**-1``, and the damping that it took; the identity where none was enough."""
-    width = hessian.shape[-1]
-    identity = torch.eye(width, device=hessian.device).expand_as(hessian)
     factor = torch.zeros_like(hessian)
     used = torch.full(hessian.shape[:-2], torch.inf, device=hessian.device)
     for more in MORE_DAMPING:
         # Turned by half a circle, the lower factor of H is an upper one, and its inverse is U.
         lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping * more).flip(-2, -1))
-        found = torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
+        found = _inverse_of_upper(lower.flip(-2, -1))
         good = (failed == 0) & found.isfinite().all(dim=-1).all(dim=-1) & used.isinf()
         factor = torch.where(good[..., None, None], found, factor)
         used = torch.where(good, torch.full_like(used, damping * more), used)
         if not bool(used.isinf().any()):
             break
-    return torch.where(used.isinf()[..., None, None], identity, factor), used
+    if bool(used.isinf().any()):
+        identity = torch.eye(hessian.shape[-1], device=hessian.device)
+        factor = torch.where(used.isinf()[..., None, None], identity, factor)
+    return factor, used
+
+
+def _inverse_of_upper(upper: Tensor) -> Tensor:
+    """The inverse of upper triangular matrices ``[..., n, n]``: halves of it by products, which leave zeros alone.
+
+    A solve with the identity does three times the arithmetic.
+    """
+    width = upper.shape[-1]
+    if width <= SMALLEST_SOLVE:
+        identity = torch.eye(width, device=upper.device).expand_as(upper)
+        solved: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return solved
+    half = width // 2
+    first, last = _inverse_of_upper(upper[..., :half, :half]), _inverse_of_upper(upper[..., half:, half:])
+    inverse = torch.zeros_like(upper)
+    inverse[..., :half, :half], inverse[..., half:, half:] = first, last
+    inverse[..., :half, half:] = -(first @ upper[..., :half, half:] @ last)
+    return inverse

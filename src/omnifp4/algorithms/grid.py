@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -26,6 +27,13 @@ _UPPER_ENDS: Final = torch.from_numpy(np.where(np.arange(7) % 2, np.nextafter(_M
 """The largest magnitude that goes to each code but the last; a tie goes to the even code."""
 
 
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """On a device, once: upper ends, values of E2M1 codes, values of E4M3 bits. A copy for every use would make it wait."""
+    codes, bits = (torch.from_numpy(table.copy()).to(device) for table in (E2M1_VALUES, E4M3_VALUES))
+    return _UPPER_ENDS.to(device), codes, bits
+
+
 class Codes(NamedTuple):
     """A rounded weight.
 
@@ -42,7 +50,7 @@ class Codes(NamedTuple):
 
 def e4m3_values(bits: Tensor) -> Tensor:
     """What E4M3 bits stand for: uint8 to float32 of the same shape."""
-    return torch.from_numpy(E4M3_VALUES).to(bits.device)[bits.long()]
+    return _tables(bits.device)[2][bits.long()]
 
 
 def round_to_e4m3(values: Tensor) -> Tensor:
@@ -53,13 +61,13 @@ def round_to_e4m3(values: Tensor) -> Tensor:
 
 def round_to_e2m1(values: Tensor) -> Tensor:
     """Round to the nearest code, ties to the even code, beyond 6 to 6: float32 to uint8 0..15 of the same shape."""
-    nearest = torch.bucketize(values.abs(), _UPPER_ENDS.to(values.device), out_int32=True)
+    nearest = torch.bucketize(values.abs(), _tables(values.device)[0], out_int32=True)
     return (nearest + 8 * torch.signbit(values)).to(torch.uint8)
 
 
 def e2m1_values(codes: Tensor) -> Tensor:
     """What codes stand for: uint8 to float32 of the same shape."""
-    return torch.from_numpy(E2M1_VALUES).to(codes.device)[codes.long()]
+    return _tables(codes.device)[1][codes.long()]
 
 
 def blocks_of(weight: Tensor) -> Tensor:

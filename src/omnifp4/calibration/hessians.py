@@ -66,10 +66,14 @@ class LayerInputs(ABC):
         """How many inputs `hessian` is the mean of; 0 if there are none."""
 
     @abstractmethod
+    def bank(self, weight_name: str) -> str:
+        """The same for weights that read the same inputs: q, k and v; gate and up of an expert."""
+
+    @abstractmethod
     def hessian(self, weight_name: str) -> Tensor:
         """E[x x'], float32 ``[in, in]``, symmetric, not damped; made when it is asked for.
 
-        q, k and v share one, and so do gate and up of an expert: asking for them one after the other costs one.
+        Weights of one bank share it: asking for them one after the other costs one.
 
         Raises:
             OmniFP4Error: `source` is ``none``.
@@ -281,7 +285,7 @@ class _Kept(LayerInputs):
 
     def hessian(self, weight_name: str) -> Tensor:
         """See `LayerInputs.hessian`."""
-        inputs, key = self._inputs(weight_name), self._key(weight_name)
+        inputs, key = self._inputs(weight_name), self.bank(weight_name)
         if self._hessian is None or self._hessian[0] != key:
             self._hessian = None
             found = torch.zeros(inputs.shape[1], inputs.shape[1], device=inputs.device)
@@ -339,8 +343,8 @@ class _Kept(LayerInputs):
             return None
         return group, int(match["number"]), match["part"]
 
-    def _key(self, weight_name: str) -> str:
-        """The same for weights that read the same inputs."""
+    def bank(self, weight_name: str) -> str:
+        """See `LayerInputs.bank`."""
         return self._banks.get(weight_name) or weight_name.replace(".up_proj.", ".gate_proj.")
 
     def _inputs(self, weight_name: str) -> Tensor:
@@ -351,7 +355,7 @@ class _Kept(LayerInputs):
         if found is None:
             return self._whole[self._banks[weight_name]]
         group, number, part = found
-        key = self._key(weight_name)
+        key = self.bank(weight_name)
         if self._last is None or self._last[0] != key:
             inputs = group.inputs
             if source == ROUTED:

@@ -16,7 +16,7 @@ from omnifp4.checkpoint.output import OutputWriter
 from omnifp4.checkpoint.reader import CheckpointReader
 from omnifp4.errors import CheckpointError, RecipeError
 from omnifp4.formats import fast_cpu
-from omnifp4.formats.nvfp4 import E2M1_MAX, E4M3_MAX, EncodeStats, Float32Array
+from omnifp4.formats.nvfp4 import E2M1_MAX, E4M3_MAX, Float32Array
 from omnifp4.formats.scheme import Scheme
 from omnifp4.formats.widening import narrow, widen
 from omnifp4.models.base import Kind
@@ -27,6 +27,8 @@ from omnifp4.quantization.method import Auto, Nearest, Weighting
 from omnifp4.quantization.work import Worker
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from omnifp4.quantization.rounding import Subject
 
 FOLD_UNIT: Final = "fold:"
@@ -102,7 +104,7 @@ class CalibratedWorker(Worker):
             crc, module = record["crc"], tensor.spec.module
             if dialect is None:
                 name = tensor.spec.name
-                crc[name] = self._writer.write(name, narrow(values, tensor.entry.dtype))
+                crc[name] = self._writer.write(name, narrow(_on_host(values), tensor.entry.dtype))
                 continue
             self._write_codes(dialect, module, packed, block_scale, scale, crc)
             for suffix, half in zip((BRANCH_UP_SUFFIX, BRANCH_DOWN_SUFFIX), branch or (), strict=False):
@@ -135,7 +137,7 @@ class CalibratedWorker(Worker):
             crc = position = 0
             for tensors in unit.experts:
                 _, parts = self._round(tensors, record)
-                expert = np.concatenate([narrow(values, tensors[0].entry.dtype) for _, _, values, _ in parts])
+                expert = np.concatenate([narrow(_on_host(values), tensors[0].entry.dtype) for _, _, values, _ in parts])
                 if not tensors[0].rows_divide:
                     expert = np.ascontiguousarray(expert.T)
                 crc = self._writer.write(unit.entry.name, expert, position, crc)
@@ -146,7 +148,7 @@ class CalibratedWorker(Worker):
 
     def _round(
         self, tensors: Sequence[SourceTensor], record: dict[str, Any]
-    ) -> tuple[np.float32, list[tuple[Any, Any, Float32Array, Any]]]:
+    ) -> tuple[np.float32, list[tuple[Any, Any, Tensor, Any]]]:
         from omnifp4.quantization.rounding import round_group
 
         subjects = self.subjects(tensors)
@@ -159,10 +161,7 @@ class CalibratedWorker(Worker):
             ) from None
         parts = []
         for subject, done in zip(subjects, rounded, strict=True):
-            difference = subject.weight.astype(np.float64) - done.values
-            energy = np.square(subject.weight, dtype=np.float64).sum()
-            stats = EncodeStats(float(np.square(difference).sum()), float(energy))
-            record["errors"][subject.name] = [stats.squared_error, stats.energy]
+            record["errors"][subject.name] = [done.stats.squared_error, done.stats.energy]
             if done.output is not None and self.inputs is not None:
                 tokens = self.inputs.tokens(subject.name)
                 record["outputs"][subject.name] = [tokens * part for part in done.output]
@@ -219,6 +218,11 @@ class CalibratedWorker(Worker):
             return None
         known = [name for name in names if self.inputs.source(name) != "none"]
         return max((float(self.inputs.statistics(name).amax) for name in known), default=None)
+
+
+def _on_host(values: Tensor) -> Float32Array:
+    found: Float32Array = values.cpu().numpy()
+    return found
 
 
 def _expert_part(name: str) -> str:

@@ -25,6 +25,10 @@ class KnownInputs(Protocol):
         """Tokens that were sent to a weight, however few."""
         ...
 
+    def bank(self, weight_name: str) -> str:
+        """The same for weights that read the same inputs."""
+        ...
+
     def statistics(self, weight_name: str) -> InputStatistics:
         """Raises OmniFP4Error where nothing is known."""
         ...
@@ -60,6 +64,10 @@ class FileInputs:
         """See `KnownInputs.tokens`."""
         return self._file.tokens(weight_name)
 
+    def bank(self, weight_name: str) -> str:
+        """See `KnownInputs.bank`; the means of a file are small, so that nothing is gained by sharing them."""
+        return weight_name
+
     def statistics(self, weight_name: str) -> InputStatistics:
         """See `KnownInputs.statistics`."""
         return self._file.of(weight_name)
@@ -93,6 +101,10 @@ class VisitedInputs:
     def tokens(self, weight_name: str) -> int:
         """See `KnownInputs.tokens`; tokens of all experts do not count as sent."""
         return self._layer.tokens(weight_name) if self.source(weight_name) == "routed" else 0
+
+    def bank(self, weight_name: str) -> str:
+        """See `KnownInputs.bank`."""
+        return self._layer.bank(weight_name)
 
     def statistics(self, weight_name: str) -> InputStatistics:
         """See `KnownInputs.statistics`."""

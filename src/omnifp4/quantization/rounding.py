@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from omnifp4.algorithms.errors import diagonal_blocks, error_under, scaled_blocks
+from omnifp4.algorithms.errors import diagonal_blocks, errors_of_rows, scaled_blocks
 from omnifp4.algorithms.gptq import gptq
 from omnifp4.algorithms.grid import Codes, decode, encode, tensor_scales
 from omnifp4.algorithms.scales import choose_block_scales, choose_clipped_scales
 from omnifp4.algorithms.signround import signround
 from omnifp4.algorithms.svdquant import LowRank, svdquant
-from omnifp4.formats.nvfp4 import Float32Array, ScaleRule, UInt8Array, pack
+from omnifp4.formats.nvfp4 import EncodeStats, Float32Array, ScaleRule, UInt8Array
 from omnifp4.quantization.inputs import KnownInputs, need_hessian
 from omnifp4.quantization.method import Awq, Gptq, Need, SignRound, SvdQuant, Weighting
 from omnifp4.quantization.recipe import Recipe
@@ -49,7 +50,8 @@ class Rounded:
     Attributes:
         packed: codes, uint8 ``[out, in / 2]``.
         block_scale: E4M3 bits, uint8 ``[out, in / 16]``.
-        values: what they stand for, the branch added, float32 ``[out, in]``.
+        values: what they stand for, the branch added, float32 ``[out, in]``, where the arithmetic was done.
+        stats: squared error and energy of the weight.
         branch: BF16 bits of up ``[out, r]`` and down ``[r, in]``.
         damping: that the Hessian needed; None where none was inverted.
         output: squared error of the outputs, that of the data-free rule, and the outputs' energy: means over tokens. None
@@ -58,7 +60,8 @@ class Rounded:
 
     packed: UInt8Array
     block_scale: UInt8Array
-    values: Float32Array
+    values: Tensor
+    stats: EncodeStats
     branch: tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]] | None
     damping: float | None
     output: tuple[float, float, float] | None
@@ -86,18 +89,31 @@ def round_group(
     weights = [torch.from_numpy(subject.weight).to(device) for subject in subjects]
     amax = torch.stack([weight.abs().max() for weight in weights]).max()
     scale = tensor_scales(amax, rule)
-    found = []
-    for subject, weight in zip(subjects, weights, strict=True):
-        known = inputs is not None and inputs.source(subject.name) != "none"
-        found.append(_round(subject, weight, scale, recipe, rule, inputs if known else None))
+    found: list[Rounded] = []
+    for lot in _lots(list(zip(subjects, weights, strict=True)), recipe, inputs):
+        known = inputs is not None and inputs.source(lot[0][0].name) != "none"
+        found += _round(lot, scale, recipe, rule, inputs if known else None)
     return np.float32(scale.item()), found
 
 
+def _lots(
+    pairs: Sequence[tuple[Subject, Tensor]], recipe: Recipe, inputs: KnownInputs | None
+) -> Iterator[list[tuple[Subject, Tensor]]]:
+    """What is rounded together: GPTQ rounds each row by itself, so weights of the same inputs share one factor."""
+    if not isinstance(recipe.method, Gptq) or inputs is None:
+        yield from ([pair] for pair in pairs)
+        return
+    for _, lot in groupby(pairs, lambda pair: inputs.bank(pair[0].name)):
+        yield list(lot)
+
+
 def _round(
-    subject: Subject, weight: Tensor, scale: Tensor, recipe: Recipe, rule: ScaleRule, inputs: KnownInputs | None
-) -> Rounded:
+    lot: Sequence[tuple[Subject, Tensor]], scale: Tensor, recipe: Recipe, rule: ScaleRule, inputs: KnownInputs | None
+) -> list[Rounded]:
     if inputs is None:
-        return _round_blindly(weight, scale, recipe, rule)
+        return [_round_blindly(weight, scale, recipe, rule) for _, weight in lot]
+    subject = lot[0][0]
+    weight = lot[0][1] if len(lot) == 1 else torch.cat([one for _, one in lot])
     knowledge = _Knowledge(subject, recipe, inputs)
     blocks = knowledge.block_scales(weight, scale, rule)
     method, branch, damping = recipe.method, None, None
@@ -116,13 +132,14 @@ def _round(
         rounded, branch = split.rounded, split.branch
     else:
         rounded = encode(weight, blocks, scale)
-    values = decode(rounded) + branch.product() if branch else decode(rounded)
-    output = (
-        knowledge.error(values - weight),
-        knowledge.error(knowledge.data_free_error(weight, scale, rule)),
-        knowledge.error(weight),
-    )
-    return _finished(rounded, branch, damping, output)
+    values = _values(rounded, branch)
+    rows = [len(one) for _, one in lot]
+    outputs = knowledge.errors(rows, values - weight, knowledge.data_free_error(weight, scale, rule), weight)
+    parts = (torch.split(part, rows) for part in (rounded.codes, rounded.block_scale, values))
+    return [
+        _finished(one, Codes(own, block_scale, scale), value, branch, damping, (errors[0], errors[1], errors[2]))
+        for (_, one), (own, block_scale, value), errors in zip(lot, zip(*parts, strict=True), outputs, strict=True)
+    ]
 
 
 def scales_of(
@@ -162,10 +179,15 @@ def _round_blindly(weight: Tensor, scale: Tensor, recipe: Recipe, rule: ScaleRul
         return encode(left, choose_block_scales(left, scale, rule), scale)
 
     if not isinstance(recipe.method, SvdQuant):
-        return _finished(nearest(weight), None, None, None)
+        rounded = nearest(weight)
+        return _finished(weight, rounded, decode(rounded), None, None, None)
     even = torch.eye(weight.shape[1], device=weight.device)
     split = svdquant(weight, even, nearest, rank=recipe.method.rank, rounds=recipe.method.rounds)
-    return _finished(split.rounded, split.branch, None, None)
+    return _finished(weight, split.rounded, _values(split.rounded, split.branch), split.branch, None, None)
+
+
+def _values(rounded: Codes, branch: LowRank | None) -> Tensor:
+    return decode(rounded) + branch.product() if branch else decode(rounded)
 
 
 class _Knowledge:
@@ -209,24 +231,36 @@ class _Knowledge:
         own = tensor_scales(original.abs().max(), rule)
         return (decode(encode(original, choose_block_scales(original, own, rule), own)) - original) * folded
 
-    def error(self, difference: Tensor) -> float:
-        """Mean squared output of a difference, the rows' fold undone."""
-        whole = difference if self._rows is None else difference * self._rows[:, None]
-        return float(error_under(whole, self.hessian))
+    def errors(self, rows: Sequence[int], *differences: Tensor) -> list[list[float]]:
+        """Mean squared outputs of differences, the rows' fold undone, for each so many rows: one list for each of these."""
+        whole = differences if self._rows is None else [one * self._rows[:, None] for one in differences]
+        found = torch.stack([errors_of_rows(one, self.hessian) for one in whole], dim=1)
+        sums = torch.stack([part.sum(dim=0) for part in torch.split(found, list(rows))])
+        lists: list[list[float]] = sums.tolist()
+        return lists
 
 
 def _finished(
-    rounded: Codes, branch: LowRank | None, damping: float | None, output: tuple[float, float, float] | None
+    weight: Tensor,
+    rounded: Codes,
+    values: Tensor,
+    branch: LowRank | None,
+    damping: float | None,
+    output: tuple[float, float, float] | None,
 ) -> Rounded:
-    values = decode(rounded) + branch.product() if branch else decode(rounded)
     halves = None
     if branch is not None:
         up, down = (part.contiguous().cpu().view(torch.uint16).numpy() for part in branch)
         halves = (up, down)
+    # Packed and summed where they are: codes and scales alone come to the host.
+    packed = rounded.codes[:, 0::2] | (rounded.codes[:, 1::2] << 4)
+    wide = weight.double()
+    sums = torch.stack([(wide - values).square().sum(), wide.square().sum()]).tolist()
     return Rounded(
-        packed=pack(rounded.codes.cpu().numpy()),
+        packed=packed.cpu().numpy(),
         block_scale=np.ascontiguousarray(rounded.block_scale.cpu().numpy()),
-        values=values.cpu().numpy(),
+        values=values,
+        stats=EncodeStats(*sums),
         branch=halves,
         damping=damping,
         output=output,
