@@ -98,7 +98,7 @@ def methods(layer: Layer, steps: int) -> dict[str, Callable[[], Tensor]]:
             chosen = choose_block_scales(value, own, SWEEP, importance=importance / factors**2)
             return decode(encode(value, chosen, own))
 
-        factors = search_smoothing([Reader(weight, hessian)], layer.abs_mean, rounding).factors
+        factors = search_smoothing(lambda: [Reader(weight, hessian)], layer.abs_mean, rounding).factors
         if not full:
             return rounding(weight * factors, factors, hessian) / factors
         own = tensor_scales((weight * factors).abs().max(), SWEEP)
@@ -131,6 +131,8 @@ def measure_layers(arguments: argparse.Namespace) -> None:
         for name, make in methods(layer, arguments.steps).items():
             if arguments.only and name not in (*arguments.only, "nvfp4"):
                 continue
+            if arguments.device != "cpu":
+                make()  # kernels are compiled and libraries set up on their first use
             _wait(arguments.device)
             begin, busy = time.perf_counter(), time.process_time()
             values = make()

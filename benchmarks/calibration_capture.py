@@ -6,7 +6,8 @@ FOLDER gets random weights of Qwen3-Omni-30B-A3B's thinker, cut to a few layers 
 next run. Two numbers of tokens give the fixed cost of a layer (reading, all-expert statistics, writing) and the cost of
 a token. On a CPU that others use too, ``idle_seconds`` tell what the processors worked, divided by the threads: what the
 same threads would need if they had the machine for themselves and never waited. With --hessians, the full Hessian of every linear and expert is made and factored too, as GPTQ would;
-with --gradients, squared gradients are collected beside the statistics (the head, run once, then counts as layers).
+with --gradients, squared gradients of answers of 32 tokens are collected beside the statistics (the head, run once, then
+counts as layers).
 Prints a card and one JSON line.
 """
 
@@ -37,6 +38,8 @@ from omnifp4.tiny import released_config, write_random_checkpoint
 
 WHOLE_LAYERS = 48
 SEQUENCE_TOKENS = 512
+ANSWER_TOKENS = 32
+"""Whose gradients are taken."""
 PROJECTED_TOKENS = (30_000, 262_144)
 DAMPING = 0.01
 
@@ -55,7 +58,9 @@ def prepared(checkpoint: Checkpoint, tokens: int, device: str, seed: int) -> Pre
         sample = Sample(f"random {number}", "", "text", (), None)
         tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         sequences.append(
-            CalibrationSequence(sample, tensors, False, SEQUENCE_TOKENS, {"text": SEQUENCE_TOKENS}, f"{seed}-{number}")
+            CalibrationSequence(
+                sample, tensors, False, SEQUENCE_TOKENS - ANSWER_TOKENS, {"text": SEQUENCE_TOKENS}, f"{seed}-{number}"
+            )
         )
     return Preparation(
         checkpoint, linears, "random", tuple(sequences), sequences_digest(sequences), Failures(len(sequences), 0.0), {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ class Order:
                 # What was made of an older result of another stage is stale.
                 self.run.result(RESULTS[stage]).unlink(missing_ok=True)
                 todo.append(stage)
+        before = signal.signal(signal.SIGTERM, _terminated)
         try:
             for stage in todo:
                 if not NEEDS[stage]:
@@ -68,6 +70,7 @@ class Order:
         finally:
             for process in self.processes.values():
                 process.kill()
+            signal.signal(signal.SIGTERM, before)
         if self.failed:
             raise SystemExit(f"the stage {self.failed[0]} failed; the same command goes on with what is done")
         if missing := [stage for stage in NEEDS if not self.done(stage)]:
@@ -133,3 +136,8 @@ class Order:
             else:
                 self.again.add(stage)
                 self.begin(stage, "--step-by-step")
+
+
+def _terminated(*_: object) -> None:
+    """Who ends the run, ends its stages: a process that is terminated would leave them at work."""
+    raise SystemExit(128 + signal.SIGTERM)

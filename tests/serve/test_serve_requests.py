@@ -42,6 +42,11 @@ def test_several_system_messages_at_the_start(server: Any) -> None:
     assert answer(server, {"role": "system", "content": ""}, system, HELLO) == answer(server, system, HELLO)
     reply = ask(server, messages=[HELLO, {"role": "assistant", "content": "x"}, system, HELLO])
     assert reply.status_code == 400 and "one system message, at its start" in message(reply)
+    for number, wrong in enumerate(([HELLO | {"content": 5}], [system, developer, HELLO | {"content": None}])):
+        place = f"messages.{len(wrong) - 1}.content"
+        reply = ask(server, messages=wrong)
+        assert reply.status_code == 400 and f"{place} is {('a int', 'missing')[number]}" in message(reply)
+        assert reply.json()["error"]["param"] == place
 
 
 @pytest.mark.parametrize("detail", ["auto", "low", "high", "original", None])

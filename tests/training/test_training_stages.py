@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +133,10 @@ class Stages:
                 if status == 0:
                     result.touch()
 
-            flush = kill = staticmethod(lambda: None)
+            flush = staticmethod(lambda: None)
+
+            def kill(self) -> None:
+                told.append(f"kill {stage}")
 
             def poll(self) -> int | None:
                 return status if self.called else None
@@ -151,10 +156,22 @@ def test_stages_are_called_when_what_they_need_is_done(new_run: Any, monkeypatch
     assert told.index("call eye") > told.index("call thinker")
     assert told.index("call talker") > max(told.index("call eye"), told.index("call codec"))
     assert told.index("begin talker") < told.index("call eye"), "a stage gets ready while others train"
-    assert told[-2:] == ["keep", "examine"]
+    ended = [one for one in told if not one.startswith("kill ")]
+    assert ended[-2:] == ["keep", "examine"]
     again = Stages(stages.run, monkeypatch, {})
     again.order.go()
     assert again.told == ["examine"], "what is done is not done again"
+
+
+def test_who_terminates_the_run_ends_its_stages(new_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = Stages(new_run(), monkeypatch, {})
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stages.order, "look", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        stages.order.go()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert {"kill thinker", "kill codec"} <= set(stages.told) and "examine" not in stages.told
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_was_made_of_an_older_result_is_made_again(new_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

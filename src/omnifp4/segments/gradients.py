@@ -122,7 +122,7 @@ def run_gradients(
             tell(part.name)
 
         norm, head = (loader.take(skeleton.parts[name]) for name in (NORM, HEAD))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         back: dict[int, Tensor] = {}
         for sample, _ in chosen:
             final = read_by[count].read(sample).to(device).requires_grad_()
@@ -157,10 +157,13 @@ def signed(logits: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         logits: float32 ``[positions, vocabulary]``.
-        generator: on the host, of the signs.
+        generator: of the signs, on the device of the logits: a vocabulary's signs for every position are many.
     """
     share = logits.softmax(dim=-1)
-    signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
+    signs = (
+        torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8, device=logits.device).to(logits) * 2
+        - 1
+    )
     root = share.sqrt() * signs
     return root - share * root.sum(dim=-1, keepdim=True)
 

@@ -132,6 +132,12 @@ def _message(
     if role in SYSTEM_ROLES and content in ("", []):
         return None
     if role != "assistant":
+        if not isinstance(content, str | list):
+            # Before several system messages become one: their numbers are not those of the request after that.
+            kind = "missing" if content is None else f"a {type(content).__name__}"
+            raise bad_request(
+                f"{place}.content is {kind} (allowed: text, or a list of parts)", f"{place}.content", "invalid_value"
+            )
         return {"role": role, "content": content}
     spoken = message.get("audio")
     if spoken is not None and not content:
