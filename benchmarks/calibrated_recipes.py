@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from omnifp4.algorithms.awq import Reader, search_smoothing
+from omnifp4.algorithms.awq import Reader, column_sizes, search_smoothing
 from omnifp4.algorithms.errors import diagonal_blocks, error_of, scaled_blocks
 from omnifp4.algorithms.gptq import gptq
 from omnifp4.algorithms.grid import Codes, decode, encode, tensor_scales
@@ -98,7 +98,7 @@ def methods(layer: Layer, steps: int) -> dict[str, Callable[[], Tensor]]:
             chosen = choose_block_scales(value, own, SWEEP, importance=importance / factors**2)
             return decode(encode(value, chosen, own))
 
-        factors = search_smoothing(lambda: [Reader(weight, hessian)], layer.abs_mean, rounding).factors
+        factors = search_smoothing([Reader(weight, hessian)], layer.abs_mean, column_sizes(weight), rounding).factors
         if not full:
             return rounding(weight * factors, factors, hessian) / factors
         own = tensor_scales((weight * factors).abs().max(), SWEEP)

@@ -4,8 +4,7 @@
 
 FILE is from export_calibrated.py. Block scales of max scaling and of the sweep must be the same bits; where two scales of the
 sweep err alike to the last bits of float32, either may win. Errors under the local Hessian and of GPTQ must agree within two
-hundredths. ModelOpt's AWQ
-is not compared: its FP4 arithmetic there needs a CUDA GPU.
+hundredths. AWQ is compared by check_awq_modelopt.py.
 """
 
 from __future__ import annotations

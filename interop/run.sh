@@ -23,6 +23,7 @@ environment() { # name, requirement files: the first with dependencies, the othe
 
 environment compressed-tensors requirements-compressed-tensors.txt
 environment modelopt requirements-modelopt.txt
+environment llm-compressor requirements-llm-compressor.txt
 environment vllm requirements-vllm.txt requirements-vllm-no-deps.txt
 
 .venv/bin/python interop/export_expected.py "$work"
@@ -37,6 +38,13 @@ done
 # The calibrated algorithms beside ModelOpt's own, on the same weights and Hessians.
 .venv/bin/python interop/export_calibrated.py "$work/calibrated.safetensors"
 "$home/modelopt/bin/python" interop/check_calibrated.py "$work/calibrated.safetensors"
+# GPTQ of several experts at once beside llm-compressor's, and AWQ on one model beside both.
+quiet=(env TQDM_DISABLE=1 LLM_COMPRESSOR_LOG_DISABLED=true)
+.venv/bin/python interop/export_gptq.py "$work/gptq.safetensors"
+"${quiet[@]}" "$home/llm-compressor/bin/python" interop/check_gptq_llm_compressor.py "$work/gptq.safetensors"
+.venv/bin/python interop/export_awq.py "$work/awq"
+"$home/modelopt/bin/python" interop/check_awq_modelopt.py "$work/awq"
+"${quiet[@]}" "$home/llm-compressor/bin/python" interop/check_awq_llm_compressor.py "$work/awq"
 # vLLM builds Qwen3-Omni's head without a name, which no ModelOpt ignore entry can match: a note, not a failure.
 "$home/vllm/bin/python" interop/check_vllm_config.py --allow-nameless-head "$work"/*.sweep
 # The commands that the hand-over makes, as vLLM's own parser and config see them.

@@ -7,7 +7,7 @@ import torch
 from algorithm_data import correlated, heavy_tailed, hessian_of
 from torch import Tensor
 
-from omnifp4.algorithms.awq import Reader, factors_for, search_smoothing
+from omnifp4.algorithms.awq import Reader, column_sizes, factors_for, search_smoothing
 from omnifp4.algorithms.errors import error_of
 from omnifp4.algorithms.grid import Codes, decode, encode, tensor_scales
 from omnifp4.algorithms.scales import choose_block_scales
@@ -29,12 +29,13 @@ def rounding(weight: Tensor, factors: Tensor, hessian: Tensor) -> Tensor:
     return decode(rounded(weight))
 
 
+SIZES = column_sizes(WEIGHT)
 PLAIN = error_of(decode(rounded(WEIGHT)) - WEIGHT, HESSIAN)
 
 
 def test_smoothing_lowers_the_output_error() -> None:
-    found = search_smoothing([Reader(WEIGHT, HESSIAN)], INPUTS.abs().mean(dim=0), rounding)
-    assert found.alpha > 0
+    found = search_smoothing([Reader(WEIGHT, HESSIAN)], INPUTS.abs().mean(dim=0), SIZES, rounding)
+    assert found.alpha is not None
     assert found.plain_error == pytest.approx(float(PLAIN), rel=1e-5)
     assert found.error < 0.95 * found.plain_error
     values = decode(rounded(WEIGHT * found.factors)) / found.factors
@@ -44,14 +45,14 @@ def test_smoothing_lowers_the_output_error() -> None:
 def test_readers_of_one_norm_share_their_factors_by_the_tokens_they_saw() -> None:
     abs_mean = INPUTS.abs().mean(dim=0)
     even = torch.eye(96)
-    alone = search_smoothing([Reader(WEIGHT, HESSIAN)], abs_mean, rounding)
-    both = search_smoothing([Reader(WEIGHT, HESSIAN, 1e-9), Reader(WEIGHT, even, 1.0)], abs_mean, rounding)
+    alone = search_smoothing([Reader(WEIGHT, HESSIAN)], abs_mean, SIZES, rounding)
+    both = search_smoothing([Reader(WEIGHT, HESSIAN, 1e-9), Reader(WEIGHT, even, 1.0)], abs_mean, SIZES, rounding)
     assert alone.alpha != both.alpha
 
 
 def test_factors_are_powers_of_two_so_the_router_computes_what_it_did() -> None:
     for alpha in (0.3, 1.0):
-        factors = factors_for(INPUTS.abs().mean(dim=0), alpha)
+        factors = factors_for(INPUTS.abs().mean(dim=0), column_sizes(WEIGHT), alpha)
         assert torch.equal(factors.log2(), factors.log2().round())
         assert len(factors.unique()) > 1
         norm, router = torch.randn(96).bfloat16(), torch.randn(8, 96).bfloat16()
@@ -63,8 +64,20 @@ def test_factors_are_powers_of_two_so_the_router_computes_what_it_did() -> None:
 
 def test_channels_without_inputs_stay_in_range() -> None:
     abs_mean = torch.tensor([0.0, 1.0, 1e-30, 1e30])
-    assert factors_for(abs_mean, 1.0).tolist() == [1.0, 1.0, 2.0**-6, 2.0**6]
-    assert factors_for(torch.zeros(4), 1.0).tolist() == [1.0] * 4
+    assert factors_for(abs_mean, torch.ones(4), 1.0).tolist() == [1.0, 1.0, 2.0**-6, 2.0**6]
+    assert factors_for(torch.zeros(4), torch.zeros(4), 0.5).tolist() == [1.0] * 4
+
+
+def test_small_columns_are_scaled_up_where_inputs_are_alike() -> None:
+    weight = WEIGHT.clone()
+    weight[:, 3::16] /= 64
+    sizes = column_sizes(weight)
+    assert torch.equal(sizes, column_sizes(weight * 8))
+    factors = factors_for(torch.ones(96), sizes, 0.0)
+    assert float(factors[3::16].min()) > float(factors[4::16].max())
+    found = search_smoothing([Reader(weight, torch.eye(96))], torch.ones(96), sizes, rounding)
+    assert found.alpha is not None
+    assert found.error < found.plain_error
 
 
 def test_svdquant_is_better_with_every_rank() -> None:

@@ -124,7 +124,7 @@ def find_fold(
     """
     import torch
 
-    from omnifp4.algorithms.awq import Reader, search_smoothing
+    from omnifp4.algorithms.awq import Reader, column_sizes, search_smoothing
     from omnifp4.algorithms.errors import diagonal_blocks, scaled_blocks
     from omnifp4.algorithms.grid import decode, encode, tensor_scales
     from omnifp4.quantization.rounding import block_scales_by
@@ -141,14 +141,21 @@ def find_fold(
         [inputs.statistics(name).abs_mean.float() * (share / total) for name, share in shares.items()]
     ).sum(dim=0)
 
-    def readers() -> Iterator[Reader]:
+    def weights() -> Iterator[tuple[str, Tensor]]:
         for group in known:
             name = group[0].spec.name
-            if not shares[name]:
-                continue
-            wide = [torch.from_numpy(widen(t.read(reader), t.entry.dtype)) for t in group]
-            weight = torch.cat(wide).to(inputs.device)
-            yield Reader(weight, _what_is_known(inputs, name).to(inputs.device), shares[name] / total)
+            if shares[name]:
+                wide = [torch.from_numpy(widen(t.read(reader), t.entry.dtype)) for t in group]
+                yield name, torch.cat(wide).to(inputs.device)
+
+    readers = (
+        Reader(weight, _what_is_known(inputs, name).to(inputs.device), shares[name] / total)
+        for name, weight in weights()
+    )
+    sizes, rows = torch.zeros_like(abs_mean, dtype=torch.float64), 0
+    for _, weight in weights():
+        sizes += column_sizes(weight).to(sizes) * len(weight)
+        rows += len(weight)
 
     method = recipe.method
     assert isinstance(method, Awq)
@@ -162,8 +169,8 @@ def find_fold(
         chosen = block_scales_by(searched, weight, scale, rule, diagonal_blocks(moved) if full else moved)
         return decode(encode(weight, chosen, scale))
 
-    found = search_smoothing(readers(), abs_mean, rounding, alphas=method.alphas)
-    if found.alpha == 0:
+    found = search_smoothing(readers, abs_mean, sizes / rows, rounding, alphas=method.alphas)
+    if found.alpha is None:
         return None
     exponents = found.factors.log2().round().to(torch.int8).cpu().numpy()
     untouched = (place.origin, *place.vectors, *place.wide)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from omnifp4.checkpoint.dialects import Activations
 from omnifp4.errors import RecipeError
@@ -68,6 +68,22 @@ class Recipe(BaseModel):
     weighting: Weighting = Weighting.NONE
     method: Method = Nearest()
     activations: Activations = Activations.WIDE
+
+    @field_validator("name", "title")
+    @classmethod
+    def _printable(cls, text: str) -> str:
+        if not text.isprintable():
+            raise ValueError("it holds characters that cannot be shown, such as a new line")
+        return text
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.weighting is not Weighting.NONE and self.rule is not ScaleRule.SWEEP:
+            raise ValueError(
+                f"rule {self.rule.value!r} weighs no errors, so weighting {self.weighting.value!r} has no use: take rule "
+                f"{ScaleRule.SWEEP.value!r} or weighting {Weighting.NONE.value!r}"
+            )
+        return self
 
     @field_validator("components")
     @classmethod
@@ -204,7 +220,7 @@ RECIPES: Final[dict[str, Recipe]] = {
         ),
         Recipe(
             name="nvfp4-awq-lite",
-            version=1,
+            version=2,
             title="AWQ: channels scaled by their inputs, folded into what comes before",
             components=_THINKER,
             weighting=Weighting.IMPORTANCE,
@@ -212,7 +228,7 @@ RECIPES: Final[dict[str, Recipe]] = {
         ),
         Recipe(
             name="nvfp4-awq-full",
-            version=1,
+            version=2,
             title="AWQ with a clip search for each block",
             components=_THINKER,
             weighting=Weighting.IMPORTANCE,
@@ -268,9 +284,11 @@ def read_recipe(path: Path) -> Recipe:
         RecipeError: unreadable, no JSON, or a key or value that a recipe does not have.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise RecipeError(f"recipe {path}: cannot be read: {error.strerror}") from None
+    except _TwiceError as error:
+        raise RecipeError(f"recipe {path}: key {str(error)!r} stands twice") from None
     except (ValueError, RecursionError):
         raise RecipeError(f"recipe {path}: is not JSON") from None
     try:
@@ -282,6 +300,19 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
+class _TwiceError(ValueError):
+    """A key of a JSON object that stands in it twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _TwiceError(key)
+        found[key] = value
+    return found
+
+
 def _first_problem(error: ValidationError) -> str:
     """One line for the first thing that is wrong."""
     problem = error.errors()[0]
@@ -291,7 +322,8 @@ def _first_problem(error: ValidationError) -> str:
         return f"key {key!r} is unknown; known are {', '.join(_keys_beside(place))}"
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
-    told = problem["msg"][0].lower() + problem["msg"][1:]
+    told = problem["msg"].removeprefix("Value error, ")
+    told = told[0].lower() + told[1:]
     return f"key {key!r} is {problem['input']!r}: {told}" if key else told
 
 
