@@ -39,7 +39,7 @@ def test_from_set_to_statistics(omnifp4: Callable[..., tuple[int, str, str]], ti
     assert status == 0
     assert "image tokens" in shown
     assert "counted by the processor of tiny-omni" in shown
-    assert f"next: omnifp4 calibrate MODEL STATISTICS --data {tmp_path}/set" in told
+    assert f"next: omnifp4 calibrate {tiny_omni} STATISTICS --data {tmp_path}/set" in told
     status, shown, told = omnifp4(
         "calibrate", tiny_omni, tmp_path / "statistics", "--data", tmp_path / "set", "--no-speech",
         "--least-tokens", 100_000, "--receipt", tmp_path / "receipt.json",
@@ -52,12 +52,25 @@ def test_from_set_to_statistics(omnifp4: Callable[..., tuple[int, str, str]], ti
         in shown
     )
     assert "code_predictor: --no-speech was given" in " ".join(shown.split())
-    assert "quantize" in told
+    (next_command,) = (line.removeprefix("next: omnifp4 ") for line in told.splitlines() if line.startswith("next: "))
+    status, _, told = omnifp4(*next_command.replace(" OUT ", f" {tmp_path / 'out'} ").split())
+    assert status == 0, told
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     assert receipt["receipt"] == "calibration"
     assert receipt["data"] == "set"
     assert len(receipt["experts"]) == 4
     assert str(tmp_path) not in (tmp_path / "receipt.json").read_text()
+
+
+def test_a_receipt_cannot_replace_the_statistics(
+    omnifp4: Callable[..., tuple[int, str, str]], tiny_omni: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("omnifp4.api.calibrate", lambda *_, **__: pytest.fail("it was run"))
+    status, shown, told = omnifp4("calibrate", tiny_omni, tmp_path / "statistics", "--receipt", "statistics")
+    assert (status, shown) == (2, "")
+    assert told == "error: --receipt is statistics, the statistics' own file (choose another name)\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_json(omnifp4: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -105,10 +105,11 @@ def test_activations_that_are_not_finite(
     (torn / "model.safetensors").write_bytes(file_bytes(tensors))
     data = write_lines({"id": "first", "messages": "Hello", "answer": "Hi"}, {"messages": "Bye", "answer": "So long"})
     with pytest.raises(
-        CalibrationFailed, match=r"activations that are not finite.*'first', layer 2: layer 2: "
+        CalibrationFailed, match=r"activations that are not finite.*the first was 'first': layer 2: "
     ) as error:
         calibrate(torn, tmp_path / "out", data=data, samples=None)
-    assert "what leaves the layer is not finite, first at token 0" in str(error.value)
+    assert "what leaves the layer is not finite, first at token 0; weight " in str(error.value)
+    assert f"weight {name!r} holds NaN or infinite values" in str(error.value)
     assert "--dtype float32" in str(error.value)
 
 
@@ -178,6 +179,43 @@ def test_a_killed_run_goes_on(
 
     with open_statistics(out) as one, open_statistics(tmp_path / "whole") as other:
         assert one.names() == other.names()
+
+
+def test_a_journal_that_lost_its_end_costs_work_and_no_layer(
+    calibrate: Callable[..., Any], tiny_omni: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a loss of power: the states know of layers that the journal of units does not."""
+    from omnifp4.calibration import capture
+
+    whole = calibrate(tiny_omni, tmp_path / "whole")
+    out = tmp_path / "out"
+    partial = out.with_name("out.partial")
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(capture, "assemble", dies)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(tiny_omni, out)
+    journal = partial / ".omnifp4-journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    kept = next(number for number, line in enumerate(lines) if b'"unit":"layer 1"' in line)
+    journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
+    saved = Path(shutil.copytree(partial, tmp_path / "saved"))
+    assert calibrate(tiny_omni, out, resume=True).tensors == whole.tensors
+    for change, told in (
+        (lambda part: part.unlink(), r"layer-0\.bin: cannot be read: No such file .*remove .*out\.partial and start"),
+        (lambda part: part.write_bytes(part.read_bytes()[:50]), r"layer-0\.bin: tensor .* is not what was written"),
+    ):
+        out.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(saved, partial)
+        change(partial / "layer-0.bin")
+        with monkeypatch.context() as patched:
+            patched.setattr(capture, "run_layers", dies)
+            with pytest.raises(OmniFP4Error, match=told):
+                calibrate(tiny_omni, out, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +177,27 @@ def _unknown_key(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"surprise": 9}))
 
 
+def _other_lines_without_a_digest(folder: Path) -> None:
+    path = folder / "dataset.json"
+    value = json.loads(path.read_text())
+    value["files"].pop("conversations.jsonl")
+    path.write_text(json.dumps(value))
+    (folder / "conversations.jsonl").write_text('{"messages": "Hi"}\n')
+
+
+def _other_digest(folder: Path) -> None:
+    _change_line(folder)
+    path = folder / "dataset.json"
+    value = json.loads(path.read_text())
+    value["files"]["conversations.jsonl"] = sha256((folder / "conversations.jsonl").read_bytes()).hexdigest()
+    path.write_text(json.dumps(value))
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
+        (_other_lines_without_a_digest, "dataset.json: was changed after the set was made"),
+        (_other_digest, "dataset.json: was changed after the set was made"),
         (_remove_medium, "file 'media/.*' of the set is missing"),
         (_change_line, "file 'conversations.jsonl' was changed"),
         (_other_version, "a set of version 9; this omnifp4 reads 1"),
@@ -192,3 +212,32 @@ def test_a_set_that_was_changed(bundled_set: tuple[Path, Any], tmp_path: Path, d
     damage(copy)
     with pytest.raises(OmniFP4Error, match=told):
         open_set(copy)
+
+
+def test_a_set_is_a_source(bundled_set: tuple[Path, Any], tmp_path: Path) -> None:
+    from omnifp4 import dataset
+
+    receipt = dataset(tmp_path / "part", source=bundled_set[0], samples=4)
+    assert (receipt.source, receipt.conversations) == ("set", 4)
+    copy = Path(shutil.copytree(bundled_set[0], tmp_path / "copy"))
+    _change_line(copy)
+    with pytest.raises(OmniFP4Error, match=r"'conversations.jsonl' was changed"):
+        dataset(tmp_path / "other", source=copy)
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set is named, not the medium that was being copied into it."""
+    from omnifp4 import dataset
+    from omnifp4.calibration import conversations
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(source))
+
+    monkeypatch.setattr(conversations.shutil, "copyfile", full)
+    out = tmp_path / "out"
+    with pytest.raises(
+        OmniFP4Error, match=r"out: cannot be written: No space left on device \(free some space"
+    ) as error:
+        dataset(out, modalities=["image"], samples=1)
+    assert "png" not in str(error.value)
+    assert not out.exists()

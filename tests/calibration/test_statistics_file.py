@@ -179,6 +179,17 @@ def _receipt(**values: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def _swapped_banks(header: dict[str, Any]) -> None:
+    index = json.loads(header["__metadata__"]["index"])
+    index["weights"][f"{LAYER}.self_attn.q_proj.weight"] = f"{LAYER}.self_attn.o_proj"
+    header["__metadata__"]["index"] = json.dumps(index)
+
+
+def _other_form(header: dict[str, Any]) -> None:
+    info = header[f"{LAYER}.self_attn.o_proj.routed.square_mean"]
+    info["shape"] = [1, info["shape"][1] // 2, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -187,7 +198,10 @@ def _receipt(**values: Any) -> Callable[[dict[str, Any]], None]:
         (lambda data: bytes(data[:4]), "truncated"),
         (lambda _: b"not a safetensors file at all", "header length"),
         (_edit(lambda header: header["__metadata__"].clear()), "no statistics file: it lacks the receipt"),
-        (_edit(_receipt(statistics_version=2)), "statistics of version 2; this omnifp4 reads 1"),
+        (_edit(_receipt(statistics_version=1)), "statistics of version 1; this omnifp4 reads 2"),
+        (_edit(_receipt(least_tokens=0)), "its header is not what was written"),
+        (_edit(_swapped_banks), "its header is not what was written"),
+        (_edit(_other_form), "its header is not what was written"),
         (_edit(_receipt(surprise=1)), "its receipt cannot be read"),
         (_edit(_receipt(tensors={})), "is not of a statistics file"),
         (_edit(lambda header: header["__metadata__"].update(index="{}")), "its index cannot be read"),
@@ -218,3 +232,24 @@ def test_statistics_of_another_model(captured: tuple[Path, Any], tiny_omni: Path
         open_statistics(captured[0], other)
     with pytest.raises(OmniFP4Error, match="cannot be opened"):
         open_statistics(tmp_path / "missing")
+    with pytest.raises(OmniFP4Error, match=r"cut: is no file \(omnifp4 calibrate"):
+        open_statistics(cut)
+
+
+@pytest.mark.parametrize("part", ["layers.1.self_attn.v_proj", "layers.2.mlp.gate", "audio_tower.layers.0.fc2"])
+def test_a_finetune_of_one_matrix_is_another_model(tiny_omni: Path, tmp_path: Path, part: str) -> None:
+    """Also where experts are so many that a sample by name would hit nothing but these."""
+    from omnifp4.calibration import fingerprint
+    from omnifp4.checkpoint.folder import open_checkpoint
+
+    before = open_checkpoint(tiny_omni)
+    shutil.copytree(tiny_omni, tmp_path / "tuned")
+    entry = next(one for name, one in before.tensors.items() if f"{part}.weight" in name)
+    with (tmp_path / "tuned" / entry.shard).open("r+b") as file:
+        file.seek(entry.begin)
+        file.write(bytes(64))
+    after = open_checkpoint(tmp_path / "tuned")
+    assert fingerprint.model_fingerprint(after) != fingerprint.model_fingerprint(before)
+    experts = [f"layers.{layer}.mlp.experts.{number}.up_proj.weight" for layer in range(3) for number in range(8)]
+    names = list(fingerprint._sampled(["norm.weight", *experts]))
+    assert names == ["norm.weight", *(f"layers.{one}.mlp.experts.{one}.up_proj.weight" for one in range(3))]

@@ -97,6 +97,27 @@ def test_hessians(text_model: Path) -> None:
     assert len(shapes) == 2 * (4 + (12 if "qwen3_moe" in str(text_model) else 3))
 
 
+def test_gradients(
+    text_model: Path, calibrate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model without a head of its own is refused before the layers are run, and leaves nothing."""
+    from omnifp4.calibration import capture
+    from omnifp4.calibration.statistics import open_statistics
+
+    out, options = tmp_path / "out", {"samples": 8, "speech": None, "gradients": True}
+    if CONFIGS[text_model.name]["tie_word_embeddings"]:
+        monkeypatch.setattr(capture, "run_layers", lambda *_, **__: pytest.fail("layers were run"))
+        with pytest.raises(OmniFP4Error, match=r"no head of its own.*\(leave --gradients out\)"):
+            calibrate(text_model, out, **options)
+        assert not list(tmp_path.iterdir())
+        return
+    calibrate(text_model, out, **options)
+    with open_statistics(out, text_model) as statistics:
+        found = statistics.gradient("model.layers.1.self_attn.o_proj.weight")
+        torch.testing.assert_close(found.rows.sum(), found.columns.sum(), rtol=1e-4, atol=0)
+        assert float(found.rows.sum()) > 0
+
+
 def test_what_it_cannot_read(
     text_model: Path, calibrate: Callable[..., Any], write_lines: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -281,3 +281,26 @@ def test_verify_fails_an_artifact_that_did_not_shrink(source: Path, tiny_artifac
     failed = {check["name"] for check in receipt["checks"] if check["verdict"] == "fail"}
     assert "fp4.ratio" in failed or "fp4.present" in failed
     assert receipt["compression_ratio"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("transformers.utils", "transformers"), ("torch", "torch"), ("nonsense", "")]
+)
+def test_a_library_that_is_not_installed(
+    name: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Plain `pip install omnifp4` brings no torch; what else is missing is our own fault, and keeps its traceback."""
+    from omnifp4.cli import dataset, main
+
+    def missing() -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(dataset, "hush_libraries", missing)
+    monkeypatch.setattr(sys, "argv", ["omnifp4", "dataset", str(tmp_path / "set")])
+    with pytest.raises((SystemExit, ModuleNotFoundError)) as end:
+        main.run()
+    assert isinstance(end.value, SystemExit) is bool(told)
+    if told:
+        expected = f"error: dataset needs {told}, which is not installed (pip install 'omnifp4[run]')\n"
+        assert capsys.readouterr().err == expected
+    assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from omnifp4.quantization.scores import by_divergence
 from omnifp4.receipt.base import Verdict
 from omnifp4.receipt.evaluation import Estimate
 from omnifp4.receipt.sensitivity import SensitivityReceipt
+from omnifp4.tiny import write_tiny_omni
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -171,6 +172,10 @@ def changed(drawn: SensitivityReceipt, **update: Any) -> SensitivityReceipt:
         ({"scheme": "fp8"}, r"has thinker\.experts, layer 1 in fp8, not nvfp4"),
         ({"scheme": ""}, "in a scheme that it does not tell, not nvfp4"),
         ({"kl_mean": None}, r"tells errors of thinker\.experts, layer 1 and no divergence .*without --segmented"),
+        (
+            {"kl_mean": Estimate(value=float("nan"), low=0.0, high=0.0)},
+            r"no finite divergence of thinker\.experts, layer 1",
+        ),
         ({"parameters": 5}, "has 5 parameters in .* of another model, or of other components"),
         ({"component": "thinker.mlp"}, r"has no row of thinker\.experts, layer 1"),
     ],
@@ -179,6 +184,25 @@ def test_a_map_that_does_not_fit(update: dict[str, Any], told: str, tiny_omni: P
     with pytest.raises(RecipeError, match=told) as caught:
         by_divergence(*groups_and_losses(tiny_omni), changed(drawn, **update))
     assert "\n" not in str(caught.value)
+
+
+def test_a_map_of_other_weights_of_the_same_sizes(
+    tiny_omni: Path, statistics: Path, drawn: SensitivityReceipt, tmp_path: Path
+) -> None:
+    """A finetune has the same rows with other figures."""
+    tuned = write_tiny_omni(tmp_path / "tuned", seed=7)
+    path = tmp_path / "map.json"
+    path.write_text(drawn.model_dump_json(), "utf-8")
+    with pytest.raises(RecipeError, match=r"sensitivity map of .* is of another model .*, not of .*tuned") as caught:
+        omnifp4.plan(tuned, recipe="nvfp4-auto", effective_bits=BITS, sensitivity=path)
+    assert "\n" not in str(caught.value)
+    path.write_text(drawn.model_copy(update={"against_fingerprint": ""}).model_dump_json(), "utf-8")
+    with pytest.raises(RecipeError, match=r"does not tell which weights it is of: an earlier omnifp4 drew it \(draw"):
+        omnifp4.quantize(tiny_omni, tmp_path / "out", statistics=statistics, sensitivity=path, **AUTO)
+    path.write_text(drawn.model_copy(update={"sensitivity_version": 9}).model_dump_json(), "utf-8")
+    with pytest.raises(RecipeError, match=r"is of version 9, and this omnifp4 reads 1 \(draw it again"):
+        omnifp4.plan(tiny_omni, recipe="nvfp4-auto", sensitivity=path)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_map_of_noise_is_no_ground_to_choose_by(tiny_omni: Path, drawn: SensitivityReceipt) -> None:

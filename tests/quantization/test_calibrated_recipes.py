@@ -300,6 +300,8 @@ def test_what_a_recipe_lacks_is_said_before_anything_is_made(tiny_omni: Path, st
     refused("--statistics", tiny_omni, out, recipe="nvfp4-w4a4")
     refused("--statistics", tiny_omni, out, recipe="nvfp4", rule="importance")
     refused("have no use", tiny_omni, out, recipe="nvfp4", statistics=statistics)
+    with pytest.raises(RecipeError, match="have no use"):
+        omnifp4.plan(tiny_omni, statistics=statistics)
     refused("before anything is written", tiny_omni, out, recipe="nvfp4-auto", data="bundled")
     refused("has no budget", tiny_omni, out, recipe="nvfp4", effective_bits=5)
     refused("--format modelopt", tiny_omni, out, recipe="nvfp4-svdquant", data="bundled", format="compressed-tensors")
@@ -329,6 +331,15 @@ def test_an_impossible_budget(bits: float, tiny_omni: Path, statistics: Path, tm
         ({"rule": "sweeep"}, "rule"),
         ({"version": 0}, "version"),
         ({"name": "nvfp4"}, "bundled recipe"),
+        ({"name": "two\nlines"}, "characters that cannot be shown"),
+        ({"title": "\x1b[31m"}, "characters that cannot be shown"),
+        ({"method": {"name": "gptq", "damping": 1e-9}}, "damping' is 1e-09: input should be greater"),
+        ({"method": {"name": "auto", "schemes": []}}, "schemes' is .*at least 1 item"),
+        (
+            {"rule": "max", "weighting": "importance"},
+            "rule 'max' weighs no errors, so weighting 'importance' has no use",
+        ),
+        ({"rule": "four-over-six", "weighting": "local-hessian", "method": {"name": "gptq"}}, "has no use: take rule"),
     ],
 )
 def test_a_recipe_file_that_is_not_right(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -338,6 +349,49 @@ def test_a_recipe_file_that_is_not_right(change: dict[str, Any], words: str, tmp
     with pytest.raises(RecipeError, match=words) as caught:
         find_recipe(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"name": "mine", "version": 1, "components": {"thinker.mlp": "nvfp4", "thinker.mlp": "fp8"}}')
+    with pytest.raises(RecipeError, match=r"key 'thinker\.mlp' stands twice"):
+        find_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"components": {"thinker.experts": "fp8"}, "method": {"name": "gptq"}},
+            "does gptq to linears of the thinker in",
+        ),
+        (
+            {"components": {"talker.experts": "nvfp4"}, "method": {"name": "svdquant"}},
+            "does svdquant to linears of the",
+        ),
+        ({"components": {"thinker.experts": "fp8"}, "weighting": "importance"}, "does importance to linears in nvfp4"),
+        ({"components": {"thinker.experts": "fp8"}, "activations": "W4A4"}, "does W4A4 to linears in nvfp4, and with"),
+    ],
+)
+def test_a_method_that_nothing_is_rounded_by(
+    change: dict[str, Any], told: str, tiny_omni: Path, tmp_path: Path
+) -> None:
+    """Otherwise the receipt would name a method that did nothing, after a run over all data."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"name": "mine", "version": 1} | change))
+    with pytest.raises(RecipeError, match=told):
+        omnifp4.plan(tiny_omni, recipe=str(path))
+    refused(told, tiny_omni, tmp_path / "out", recipe=str(path), data="bundled")
+
+
+def test_a_budget_leaves_what_the_recipe_settles(tiny_omni: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    settled = {"thinker.experts": "nvfp4", "thinker.attention": "fp8"}
+    method = {"name": "auto", "effective_bits": 16, "schemes": ["nvfp4", "bf16"]}
+    path.write_text(json.dumps({"name": "mine", "version": 1, "components": settled, "method": method}))
+    rows = {row.name: row for row in omnifp4.plan(tiny_omni, recipe=str(path)).components}
+    attention, experts = rows["thinker.attention"], rows["thinker.experts"]
+    assert attention.quantized_parameters > 0 == experts.quantized_parameters
 
 
 def test_a_recipe_file_of_ones_own(tiny_omni: Path, tmp_path: Path) -> None:
@@ -361,6 +415,31 @@ def test_what_convert_and_repair_cannot_carry_is_refused(made: Any, tiny_omni: P
     proof = omnifp4.verify(tmp_path / "converted", against=tiny_omni)
     assert proof.verdict is Verdict.PASS
     assert "folds" in {item.name for item in proof.checks}
+
+
+@pytest.mark.parametrize(
+    ("component", "format", "told"),
+    [
+        (
+            "thinker.attention=fp8",
+            "modelopt",
+            r"beside thinker\.attention in fp8 \(--component thinker\.attention=bf16",
+        ),
+        ("talker=mxfp4", "modelopt", r"beside talker\.[a-z]+ in mxfp4"),
+        ("talker.experts=fp8", "compressed-tensors", "cannot hold the low-rank branch"),
+    ],
+)
+def test_branches_beside_other_schemes_are_refused_before_any_work(
+    component: str, format: str, told: str, tiny_omni: Path, data: Path, tmp_path: Path
+) -> None:
+    """Engines take a layer of an algorithm that they do not know for a wide one."""
+    options: dict[str, Any] = {"recipe": "nvfp4-svdquant", "components": [component], "format": format}
+    with pytest.raises(RecipeError, match=told):
+        omnifp4.plan(tiny_omni, **options)
+    with pytest.raises(RecipeError, match=told):
+        omnifp4.quantize(tiny_omni, tmp_path / "out", data=data, **options)
+    assert not list(tmp_path.iterdir())
+    assert omnifp4.plan(tiny_omni, **(options | {"format": "fake-quant"})).weight_bytes_after
 
 
 @pytest.mark.parametrize("options", [{"recipe": "nvfp4-awq-lite"}, {"recipe": "nvfp4-mlp", "rule": "importance"}])

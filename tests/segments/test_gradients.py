@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from omnifp4.errors import OmniFP4Error  # noqa: E402
 from omnifp4.segments import gradients  # noqa: E402
 from omnifp4.segments.gradients import run_gradients, signed  # noqa: E402
 from omnifp4.segments.inputs import thinker_arguments  # noqa: E402
+from omnifp4.tiny import write_random_checkpoint  # noqa: E402
 
 LAST = 5
 """Positions of each sample that count."""
@@ -124,3 +126,27 @@ def test_a_gradient_without_numbers_is_named(
 def test_a_packed_checkpoint_has_none(tiny_artifact: Path, batches: list[Any]) -> None:
     with pytest.raises(OmniFP4Error, match="is quantized; gradients are of the wide checkpoint"):
         in_segments(tiny_artifact, batches[:1])
+
+
+def test_the_weights_of_a_linear_with_a_bias_have_theirs(tmp_path: Path) -> None:
+    """A bias stands before its weight in the file, and both are of one module."""
+    import transformers
+
+    sizes = {
+        "vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64, "tie_word_embeddings": False,
+        "attention_bias": True, "mlp_bias": True,
+    }  # fmt: skip
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | sizes
+    folder = write_random_checkpoint(config, tmp_path / "llama")
+    ids = torch.arange(12)[None]
+    batch = SimpleNamespace(tensors={"input_ids": ids, "attention_mask": torch.ones_like(ids)}, sound_in_video=False)
+    found, _, _ = in_segments(folder, [batch])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits = model(input_ids=ids).logits[0][positions_of([batch])[0]]
+    (logits * signed(logits.detach(), torch.Generator().manual_seed(0))).sum().backward()
+    assert len(found) == 7
+    for name, total in found.items():
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        torch.testing.assert_close(total, gradient.square(), rtol=1e-3, atol=1e-9)

@@ -105,6 +105,30 @@ def test_larger_error_of_calibrated_methods_is_noted_not_failed(modelopt, judge,
     assert "1 err more than 1.5 times" in check_of(receipt, "values.error").summary
 
 
+def test_a_large_error_that_gptq_made_and_states(modelopt, judge, source_folder):
+    """Weakly damped, columns make up for each other: what the receipt states is no damage, whatever else is."""
+    name = f"{DOWN}.weight"
+    codes = modelopt.bits(name)
+    moved = (codes & 7) < 4
+    codes[moved] += 2
+    modelopt.put(name, codes)
+    found = judge(modelopt, source_folder)
+    assert_fails(found, {"values.error"}, name, "max scaling gives")
+    error = next(one.relative_squared_error for one in found.worst_tensors if one.name == name)
+    assert 0.036 < error < 0.25
+
+    def told(method: str, stated: float) -> bytes:
+        return modelopt.receipt(calibration={"method": {"name": method}}, decisions={name: stated})
+
+    modelopt.side["omnifp4.json"] = told("gptq", error)
+    passed = judge(modelopt, source_folder)
+    assert_fails(passed, set())
+    assert "1 err more than 1.5 times" in check_of(passed, "values.error").summary
+    for method, stated in (("gptq", 2 * error), ("gptq", 0.0), ("awq-lite", error), ("nearest", error)):
+        modelopt.side["omnifp4.json"] = told(method, stated)
+        assert_fails(judge(modelopt, source_folder), {"values.error"}, name)
+
+
 def test_error_that_the_receipt_does_not_state(modelopt, judge, source_folder):
     modelopt.side["omnifp4.json"] = modelopt.receipt(decisions={f"{DOWN}.weight": 0.005})
     assert_fails(judge(modelopt, source_folder), {"values.error"}, f"{DOWN}.weight", "omnifp4.json says 0.005")

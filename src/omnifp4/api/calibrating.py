@@ -29,7 +29,8 @@ def dataset(
         source: ``"bundled"``, or a JSONL file of conversations as `evaluate` takes it.
         samples: how many, evenly over modalities; 60 if not given, or all where a file has fewer.
         modalities: only these of ``text``, ``image``, ``audio``, ``video``, ``mixed``; all if none is given.
-        model: whose processor checks every conversation and counts tokens; the bundled tiny model's if not given.
+        model: whose processor checks every conversation and counts tokens; the bundled tiny model's if not given. A
+            Hub id is downloaded first, weights too, as `calibrate` needs them.
         seed: of the choice.
         progress: called with conversations read, conversations in all, and the name.
 
@@ -39,10 +40,11 @@ def dataset(
     from omnifp4.calibration.conversations import make_set
     from omnifp4.calibration.encoding import bundled_reader, open_reader
     from omnifp4.checkpoint.folder import open_checkpoint
+    from omnifp4.checkpoint.hub import local_folder
     from omnifp4.checkpoint.staging import refuse_existing
 
     refuse_existing(Path(out))
-    reader = bundled_reader() if model is None else open_reader(open_checkpoint(Path(model).expanduser()))
+    reader = bundled_reader() if model is None else open_reader(open_checkpoint(local_folder(str(model))))
     return make_set(
         Path(out),
         source=source,

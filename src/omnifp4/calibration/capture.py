@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ from omnifp4.checkpoint.staging import Staging, refuse_existing
 from omnifp4.errors import OmniFP4Error
 from omnifp4.models.base import Kind, Part
 from omnifp4.receipt.calibration import STATISTICS_VERSION, CalibrationReceipt, ExpertTokens, SampleFailure
+from omnifp4.segments.gradients import refuse_without_head
+from omnifp4.segments.states import restart_if_ahead
 
 LEAST_TOKENS: Final = 64
 """Four times the 16 inputs of a block: fewer make a Hessian of noise."""
@@ -101,6 +104,8 @@ def capture(prepared: Preparation, out: Path, settings: CaptureSettings, progres
     """As `run_capture`, of a model and sequences that are prepared already."""
     begin = time.monotonic()
     silent = why_not(prepared, settings.speech)
+    if settings.gradients:
+        refuse_without_head(prepared.checkpoint)
     fingerprint = model_fingerprint(prepared.checkpoint)
     job = {
         "verb": "calibrate", "version": STATISTICS_VERSION, "model": fingerprint, "data": prepared.data_sha256,
@@ -110,6 +115,9 @@ def capture(prepared: Preparation, out: Path, settings: CaptureSettings, progres
     if settings.gradients:
         job["gradients"] = settings.seed
     with Staging(out, job, resume=settings.resume) as staging:
+        for unit in staging.finished:
+            # What was damaged meanwhile is told before hours of work, not when the file is made of it.
+            read_part(staging, unit)
         run = _Capture(prepared, settings, staging, progress)
         if not silent and run.began_without_speech:
             silent = "the run that is continued was begun without speech"
@@ -155,6 +163,8 @@ class _Capture:
         With `spoken`, the states that the talker reads are kept.
         """
         self._recall()
+        work = self.staging.folder / "states"
+        restart_if_ahead(work, next(number for number in count() if f"layer {number}" not in self.staging.finished))
         if spoken and STATES_UNIT not in self.staging.finished:
             self._states_layer = states_layer(self.prepared)
         if HEAD_UNIT not in self.staging.finished:
@@ -168,7 +178,7 @@ class _Capture:
             self.prepared, on_layer=self._visit, on_layer_done=self._layer_done,
             on_tower=None if TOWERS_UNIT in self.staging.finished else self._tower,
             on_final=self._final if self._heads or at_the_end else None,
-            work=self.staging.folder / "states", progress=self.tell,
+            work=work, progress=self.tell,
         )  # fmt: skip
         if at_the_end:
             self._write_spoken()
@@ -199,8 +209,8 @@ class _Capture:
         """Collect squared gradients, unless an earlier run has. What is interrupted here begins anew."""
         self.units.append(GRADIENTS_UNIT)
         if GRADIENTS_UNIT not in self.staging.finished:
-            found, count = collect_gradients(self.prepared, seed=self.settings.seed, progress=self.tell)
-            more = {"weights": {}, "experts": {}, "failures": [], "positions": count}
+            found, positions = collect_gradients(self.prepared, seed=self.settings.seed, progress=self.tell)
+            more = {"weights": {}, "experts": {}, "failures": [], "positions": positions}
             write_part(self.staging, GRADIENTS_UNIT, found, more)
 
     @property

@@ -19,7 +19,7 @@ from omnifp4.calibration.encoding import Reader, SequenceError
 from omnifp4.chat.messages import MEDIA
 from omnifp4.checkpoint.folder import read_json
 from omnifp4.checkpoint.staging import Staging
-from omnifp4.errors import OmniFP4Error
+from omnifp4.errors import OmniFP4Error, OutputError
 from omnifp4.evaluation.data import BUNDLED, Sample, read_data
 from omnifp4.receipt.base import as_text, this_environment
 from omnifp4.receipt.calibration import SET_VERSION, ModalityCount, SetReceipt
@@ -107,7 +107,7 @@ def make_set(
 
     Args:
         out: must not exist; appears when it is whole.
-        source: a JSONL file as evaluation takes it, or ``bundled``.
+        source: a JSONL file as evaluation takes it, another set, or ``bundled``.
         samples: how many; None takes 60, or all where a file has fewer.
         modalities: only these; all if empty.
         seed: of the choice.
@@ -115,11 +115,15 @@ def make_set(
         progress: called with conversations read, conversations in all, and the name.
 
     Raises:
-        OmniFP4Error: the source is not right, or a conversation cannot be read: nothing is written then.
+        OmniFP4Error: the source is not right, or a conversation cannot be read: nothing is written then; or the disk is
+            full.
     """
     if unknown := sorted(set(modalities) - set(MODALITIES)):
         raise OmniFP4Error(f"modality {unknown[0]!r} is not known", hint=f"allowed: {', '.join(MODALITIES)}")
     name = BUNDLED if source == BUNDLED else as_text(Path(source).name)
+    if source != BUNDLED and Path(source).is_dir():
+        _check_set(Path(source))
+        source = Path(source) / LINES_FILE
     found = read_data(bundled_file() if source == BUNDLED else source)
     wanted = [sample for sample in found if not modalities or sample.modality in modalities]
     if not wanted:
@@ -138,7 +142,10 @@ def make_set(
             raise OmniFP4Error(f"conversation {sample.name!r}: {error.cause.value}: {error}") from error
         progress(number + 1, len(chosen), sample.name)
     with Staging(out, {"verb": "dataset"}, resume=True) as staging:
-        digests = _write(staging.folder, chosen)
+        try:
+            digests = _write(staging.folder, chosen)
+        except OSError as error:
+            raise _not_written(out, error) from None
         receipt = SetReceipt(
             source=name,
             conversations=len(chosen),
@@ -159,9 +166,18 @@ def make_set(
             sha256=_together(digests),
             environment=this_environment(),
         )
-        (staging.folder / SET_FILE).write_text(receipt.model_dump_json(indent=2) + "\n", "utf-8")
+        try:
+            (staging.folder / SET_FILE).write_text(receipt.model_dump_json(indent=2) + "\n", "utf-8")
+        except OSError as error:
+            raise _not_written(out, error) from None
         staging.commit()
     return receipt
+
+
+def _not_written(out: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{out}: cannot be written: {error.strerror}", hint="free some space, then the same command again"
+    )
 
 
 def _write(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
@@ -218,6 +234,8 @@ def _check_set(folder: Path) -> None:
         receipt = SetReceipt.model_validate(value)
     except ValidationError:
         raise OmniFP4Error(f"{path}: is damaged", hint=hint) from None
+    if LINES_FILE not in receipt.files or receipt.sha256 != _together(receipt.files):
+        raise OmniFP4Error(f"{path}: was changed after the set was made", hint="make the set again")
     for name, digest in receipt.files.items():
         file = folder / name
         if not file.is_file():

@@ -139,9 +139,10 @@ class TextReader(Reader):
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
             config: Any = transformers.AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # damaged files raise whatever, tokenizers a plain Exception
             raise CheckpointError(
-                f"{folder}: its tokenizer cannot be read: {error}", hint="copy the tokenizer's files into the folder"
+                f"{folder}: its tokenizer cannot be read: {told(error)}",
+                hint="copy the tokenizer's files into the folder",
             ) from None
         self._most = int(config.max_position_embeddings)
 

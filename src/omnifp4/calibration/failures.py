@@ -56,7 +56,8 @@ class Failures:
         causes = Counter(one.cause for one in self.found)
         shares = ", ".join(f"{cause.value}: {number}" for cause, number in causes.most_common())
         first = self.found[0]
-        where = "" if first.layer is None else f", layer {first.layer}"
+        named = first.layer is None or first.error.startswith(f"layer {first.layer}: ")
+        where = "" if named else f", layer {first.layer}"
         raise CalibrationFailed(
             f"{count} of {self.samples} samples failed ({shares}), and at most {self.most_share:.0%} may; nothing is "
             f"written; the first was {first.sample!r}{where}: {first.error}",

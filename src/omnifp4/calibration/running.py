@@ -48,7 +48,12 @@ def run_layers(
         failures.check()
 
     def visit(one: Any) -> None:
-        check_finite(one.inputs, one.after, f"layer {one.layer}")
+        try:
+            check_finite(one.inputs, one.after, f"layer {one.layer}")
+        except NotFinite as error:
+            if damaged := damaged_weight(one):
+                raise NotFinite(f"{error}; weight {damaged!r} holds NaN or infinite values") from None
+            raise
         on_layer(one)
 
     def tower(sample: int, name: str, inputs: Mapping[str, Tensor]) -> None:
@@ -96,3 +101,23 @@ def check_finite(inputs: Mapping[str, Tensor], after: Tensor | None, where: str)
             token = int((~finite).nonzero()[0, 0])
             what = name if name in behind else f"the input of {name!r}"
             raise NotFinite(f"{where}: {what} is not finite, first at token {token}")
+
+
+def damaged_weight(visit: Any) -> str:
+    """The checkpoint name of the first weight of a layer that holds Inf or NaN; empty if all are finite.
+
+    Args:
+        visit: a `LayerVisit`.
+    """
+    for name, parameter in visit.module.named_parameters():
+        if bool(parameter.isfinite().all()):
+            continue
+        experts, _, part = name.rpartition(".")
+        if parameter.ndim < 3:
+            return f"{visit.name}.{name}"
+        finite = parameter.isfinite()
+        number = int((~finite.flatten(1).all(dim=1)).nonzero()[0, 0])
+        if part == "gate_up_proj":
+            part = "up_proj" if bool(finite[number].chunk(2)[0].all()) else "gate_proj"
+        return f"{visit.name}.{experts}.{number}.{part}.weight"
+    return ""

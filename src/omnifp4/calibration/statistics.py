@@ -3,16 +3,18 @@
 One safetensors file. A bank is the statistics of one input, or of one input of all experts of a layer: tensors
 ``{bank}.{source}.{field}`` whose first dimension counts rows, one for a plain linear, one an expert for experts. Weights
 that read the same input (q, k and v; gate and up) share a bank. ``__metadata__`` holds the receipt, and which weight
-reads which bank.
+reads which bank, and a digest of these and of all tensors' types and shapes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +46,7 @@ BLOCK: Final = 16
 
 RECEIPT_KEY: Final = "omnifp4"
 INDEX_KEY: Final = "index"
+DIGEST_KEY: Final = "sha256"
 EXPERT_WEIGHT: Final = re.compile(
     r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight"
 )
@@ -277,11 +280,16 @@ def open_statistics(path: str | Path, model: Checkpoint | str | Path | None = No
     except OSError as error:
         raise OmniFP4Error(f"{path}: cannot be opened: {error.strerror}", hint=hint) from None
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OmniFP4Error(f"{path}: is no file", hint=hint)
         entries, metadata = _header(descriptor, path)
         if RECEIPT_KEY not in metadata or INDEX_KEY not in metadata:
             raise OmniFP4Error(f"{path}: is no statistics file: it lacks the receipt of one", hint=hint)
         receipt, index = _receipt(metadata[RECEIPT_KEY], path), _index(metadata[INDEX_KEY], path)
         _check_tensors(entries, receipt, index, path)
+        tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries.values()]
+        if metadata.get(DIGEST_KEY) != header_digest(metadata, tensors):
+            raise OmniFP4Error(f"{path}: damaged: its header is not what was written", hint=hint)
         for entry in entries.values():
             if _crc(descriptor, entry, path) != receipt.tensors[entry.name]:
                 raise OmniFP4Error(f"{path}: damaged: tensor {entry.name!r} is not what was written", hint=hint)
@@ -294,6 +302,13 @@ def open_statistics(path: str | Path, model: Checkpoint | str | Path | None = No
         os.close(descriptor)
         raise
     return Statistics(path, descriptor, entries, receipt, index)
+
+
+def header_digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
+    """SHA-256 of what the header says: receipt, index, and the tensors' names, types and shapes."""
+    lines = [metadata[RECEIPT_KEY], metadata[INDEX_KEY]]
+    lines += sorted(f"{name}|{dtype}|{shape}" for name, dtype, shape in tensors)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _header(descriptor: int, path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -12,7 +12,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from omnifp4.calibration.statistics import DTYPES, INDEX_KEY, RECEIPT_KEY, open_statistics
+from omnifp4.calibration.statistics import (
+    DIGEST_KEY,
+    DTYPES,
+    INDEX_KEY,
+    RECEIPT_KEY,
+    header_digest,
+    open_statistics,
+)
 from omnifp4.checkpoint.dtypes import byte_count
 from omnifp4.checkpoint.header import build_header
 from omnifp4.checkpoint.staging import Staging, refuse_existing, sync_folder
@@ -47,17 +54,23 @@ def read_part(staging: Staging, unit: str) -> dict[str, Tensor]:
     """The tensors of one unit of work.
 
     Raises:
-        OutputError: they are not what was written.
+        OutputError: they are not what was written, or not there.
     """
     path, found, begin = staging.folder / _file(unit), {}, 0
-    data = bytearray(path.read_bytes())
-    for name, (kind, shape, crc) in sorted(staging.finished[unit]["tensors"].items()):
-        size = byte_count(kind, tuple(shape))
-        piece = data[begin : begin + size]
-        if zlib.crc32(piece) != crc:
-            raise OutputError(f"{path}: is damaged", hint=f"remove {staging.folder} and start again")
-        found[name] = torch.frombuffer(piece, dtype=DTYPES[kind]).view(shape) if size else torch.zeros(shape)
-        begin += size
+    hint = f"remove {staging.folder} and start again"
+    try:
+        data = bytearray(path.read_bytes())
+        for name, (kind, shape, crc) in sorted(staging.finished[unit]["tensors"].items()):
+            size = byte_count(kind, tuple(shape))
+            piece = data[begin : begin + size]
+            if len(piece) != size or zlib.crc32(piece) != crc:
+                raise OutputError(f"{path}: tensor {name!r} is not what was written", hint=hint)
+            found[name] = torch.frombuffer(piece, dtype=DTYPES[kind]).view(shape) if size else torch.zeros(shape)
+            begin += size
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}", hint=hint) from None
+    except (KeyError, TypeError, ValueError):
+        raise OutputError(f"{path}: the journal tells of it what cannot be", hint=hint) from None
     return found
 
 
@@ -84,7 +97,8 @@ def assemble(
         for name, entry in sorted(staging.finished[unit]["tensors"].items())
     ]
     index = json.dumps({"weights": dict(weights), "experts": dict(experts)}, separators=(",", ":"))
-    header, _ = build_header(tensors, {RECEIPT_KEY: receipt.model_dump_json(), INDEX_KEY: index})
+    metadata = {RECEIPT_KEY: receipt.model_dump_json(), INDEX_KEY: index}
+    header, _ = build_header(tensors, metadata | {DIGEST_KEY: header_digest(metadata, tensors)})
     whole = staging.folder / "statistics.safetensors"
     try:
         with whole.open("wb") as file:

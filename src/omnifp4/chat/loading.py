@@ -66,5 +66,6 @@ def open_processor(origin: str) -> Any:
     need("torchvision", "the processor's video part")
     try:
         return transformers.AutoProcessor.from_pretrained(origin)
-    except (OSError, ValueError, ImportError) as error:
-        raise ChatError(f"cannot read the processor of {origin}: {error}", hint="omnifp4 doctor MODEL") from error
+    except Exception as error:  # damaged files raise whatever, tokenizers a plain Exception
+        told = " ".join(str(error).split())
+        raise ChatError(f"cannot read the processor of {origin}: {told}", hint="omnifp4 doctor MODEL") from error

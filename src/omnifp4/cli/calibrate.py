@@ -70,6 +70,8 @@ def calibrate(
 
     output = Output(as_json=as_json)
     check_receipt(receipt)
+    if receipt is not None and receipt.resolve() == statistics.resolve():
+        raise OutputError(f"--receipt is {receipt}, the statistics' own file", hint="choose another name")
     hush_libraries()
     with output.steps("calibrate") as steps:
         found = run(
@@ -83,4 +85,7 @@ def calibrate(
         except OSError as error:
             raise OutputError(f"{receipt}: cannot be written: {error.strerror}") from None
     output.result(found, calibration_text(found, str(statistics)))
-    output.say(f"next: omnifp4 quantize {shlex.quote(model)} OUT --statistics {shlex.quote(str(statistics))}")
+    output.say(
+        f"next: omnifp4 quantize {shlex.quote(model)} OUT --recipe nvfp4-importance --statistics "
+        f"{shlex.quote(str(statistics))}"
+    )

@@ -44,4 +44,4 @@ def dataset(
             out, source=source, samples=samples, modalities=modality or (), model=model, seed=seed, progress=steps
         )
     output.result(receipt, set_text(receipt, str(out)))
-    output.say(f"next: omnifp4 calibrate MODEL STATISTICS --data {shlex.quote(str(out))}")
+    output.say(f"next: omnifp4 calibrate {shlex.quote(model or 'MODEL')} STATISTICS --data {shlex.quote(str(out))}")

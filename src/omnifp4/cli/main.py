@@ -31,6 +31,9 @@ from omnifp4.errors import OmniFP4Error, ProofError
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C: 128 and the number of the signal."""
 
+LIBRARIES: Final = ("torch", "torchvision", "transformers", "safetensors", "accelerate")
+"""Of the extra ``run``; verbs that only read and write files need none of them."""
+
 app = typer.Typer(
     name="omnifp4",
     help="Take an omni-modal checkpoint to NVFP4, and prove that the result is right.",
@@ -99,6 +102,12 @@ def run() -> None:
         # The reader of our output has gone away; keep the interpreter from complaining about it at exit.
         _drop_stdout()
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in LIBRARIES:
+            raise
+        sys.stderr.write(f"error: {sys.argv[1]} needs {missing}, which is not installed (pip install 'omnifp4[run]')\n")
+        sys.exit(2)
     except OSError as error:
         # What has a better name was given it below; this is a full disk behind stdout, or a lack of file descriptors.
         _drop_stdout()

@@ -10,6 +10,7 @@ import typer
 
 from omnifp4.cli import options
 from omnifp4.cli.output import Output
+from omnifp4.cli.talk import hush_libraries
 
 
 def quantize(
@@ -44,6 +45,8 @@ def quantize(
     from omnifp4.report.terminal import quantization_text
 
     output = Output(as_json=as_json)
+    if data is not None:
+        hush_libraries()
     with output.progress("quantize") as progress:
         receipt = make_artifact(
             model,

@@ -65,7 +65,7 @@ def read_data(data: str | Path) -> tuple[Sample, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise OmniFP4Error(
             f"{path}: cannot be read as JSONL: {error}",
-            hint="give a file of one JSON object a line, or leave --data out",
+            hint="give a file of one JSON object a line, or 'bundled'",
         ) from None
     found = tuple(_samples(path, lines))
     if not found:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from omnifp4.calibration.fingerprint import model_fingerprint
 from omnifp4.checkpoint.folder import Checkpoint
 from omnifp4.checkpoint.folds import read_folds
 from omnifp4.errors import CheckpointError, OmniFP4Error
@@ -139,6 +140,7 @@ def run_sensitivity(
         notes=tuple(notes),
         seconds=time.monotonic() - begin,
         environment=this_environment(),
+        against_fingerprint=model_fingerprint(pair.reference),
     )
 
 

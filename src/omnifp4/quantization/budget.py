@@ -22,7 +22,7 @@ from omnifp4.models.source import Source, SourceTensor
 from omnifp4.quantization.decisions import OutputFormat, stored_tensors
 from omnifp4.quantization.method import Auto, Counted, Score
 from omnifp4.quantization.recipe import Recipe, choose_schemes
-from omnifp4.quantization.scores import MAP_HINT, by_divergence
+from omnifp4.quantization.scores import MAP_HINT, by_divergence, check_map
 
 if TYPE_CHECKING:
     from omnifp4.calibration.statistics import Statistics
@@ -93,6 +93,8 @@ def assign(
         raise RecipeError(
             f"format {output_format} has no form for {unknown[0]}, which recipe {recipe.name!r} may choose"
         )
+    if sensitivity is not None:
+        check_map(sensitivity, source.checkpoint)
     groups = _groups(source, recipe, overrides, method.counted)
     if not groups:
         raise RecipeError(f"recipe {recipe.name!r} with these components leaves no linear for its budget to decide")
@@ -140,7 +142,9 @@ def _groups(source: Source, recipe: Recipe, overrides: Mapping[str, Scheme], cou
     for tensor in source.tensors:
         spec, component = tensor.spec, tensor.spec.component
         settled = component.name in overrides or component.part.value in overrides
-        if not spec.is_linear or settled or schemes[component].is_wide or spec.shape[1] % Scheme.NVFP4.width_multiple:
+        # What the recipe itself gives another scheme is settled too.
+        settled = settled or schemes[component] is not Scheme.NVFP4
+        if not spec.is_linear or settled or spec.shape[1] % Scheme.NVFP4.width_multiple:
             continue
         members.setdefault(_group_name(tensor), []).append(tensor)
     groups = []

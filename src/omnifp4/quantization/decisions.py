@@ -14,8 +14,9 @@ from omnifp4.checkpoint.output import DEFAULT_SHARD_BYTES, PlannedOutput, plan_o
 from omnifp4.errors import RecipeError
 from omnifp4.formats.nvfp4 import ScaleRule
 from omnifp4.formats.scheme import Scheme
-from omnifp4.models.base import Component, Kind, TensorSpec
+from omnifp4.models.base import Component, Kind, Part, TensorSpec
 from omnifp4.models.source import Source, SourceTensor
+from omnifp4.quantization.method import Auto, Nearest, Need
 from omnifp4.quantization.recipe import Recipe, choose_schemes
 
 WIDE_UNIT_BYTES: Final = 16 << 20
@@ -228,6 +229,7 @@ def decide(
     decisions = tuple(_decide_tensor(tensor, schemes, recipe, assigned or {}) for tensor in source.tensors)
     if output_format.dialect is not None:
         _refuse_split_experts(decisions, schemes)
+        _refuse_mixed_branches(decisions, recipe, output_format)
     units = _units(source, decisions, keep_fused=output_format.dialect is None)
     stored = (_stored(unit, output_format, extras_of(recipe)) for unit in units)
     groups = (group for unit_groups in stored for group in unit_groups)
@@ -243,6 +245,7 @@ def decide(
         output=plan_output(groups, max_shard_bytes),
     )
     _refuse_futile(job)
+    _refuse_idle_method(job)
     return job
 
 
@@ -258,6 +261,36 @@ def _refuse_split_experts(decisions: tuple[Decision, ...], schemes: Mapping[Comp
                 f"multiple of {scheme.width_multiple}, and engines build experts as one",
                 hint=f"--component {spec.component.name}=fp8 has no such limit",
             )
+
+
+def _refuse_mixed_branches(decisions: tuple[Decision, ...], recipe: Recipe, output_format: OutputFormat) -> None:
+    """Where layers are named one by one, engines take one of an algorithm that they do not know for a wide one."""
+    for decision in decisions:
+        if recipe.rank and decision.quantize and decision.scheme is not Scheme.NVFP4:
+            component = decision.spec.component.name
+            raise RecipeError(
+                f"format {output_format} cannot hold the low-rank branches of recipe {recipe.name!r} beside {component} in "
+                f"{decision.scheme}",
+                hint=f"--component {component}=bf16, or --format fake-quant",
+            )
+
+
+def _refuse_idle_method(job: Job) -> None:
+    """A way of rounding that nothing is rounded by must not stand in the receipt."""
+    recipe = job.recipe
+    if recipe.need is Need.NOTHING or isinstance(recipe.method, Auto):
+        return
+    seen = [decision for decision in job.quantized if decision.scheme is Scheme.NVFP4]
+    where = ""
+    if recipe.need is Need.HESSIANS:
+        seen, where = [one for one in seen if one.spec.component.part is Part.THINKER], " of the thinker"
+    if not seen:
+        how = recipe.rule_name if isinstance(recipe.method, Nearest) else recipe.method.name
+        how = recipe.activations.value if recipe.activations is Activations.FP4 else how
+        raise RecipeError(
+            f"recipe {recipe.name!r} does {how} to linears{where} in nvfp4, and with these components there are none",
+            hint="leave a component in nvfp4, or choose a recipe that looks at no inputs",
+        )
 
 
 def _refuse_futile(job: Job) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -51,6 +51,10 @@ class Score(StrEnum):
     """The divergence that each layer of each component causes alone, from a sensitivity map: nats."""
 
 
+LEAST_DAMPING: Final = 1e-5
+"""Less is lost in float32 sums: a Hessian of fewer tokens than inputs would be as singular as before."""
+
+
 class _Method(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -65,7 +69,7 @@ class Gptq(_Method):
     """See `omnifp4.algorithms.gptq`."""
 
     name: Literal["gptq"] = "gptq"
-    damping: float = Field(default=0.03, gt=0, le=1)
+    damping: float = Field(default=0.03, ge=LEAST_DAMPING, le=1)
     columns: int = Field(default=128, ge=1, le=4096)
 
 
@@ -111,7 +115,7 @@ class Auto(_Method):
     name: Literal["auto"] = "auto"
     effective_bits: float = Field(default=4.8, gt=0, le=16)
     counted: Counted = Counted.STORED
-    schemes: tuple[Scheme, ...] = (Scheme.NVFP4, Scheme.FP8, Scheme.WIDE)
+    schemes: tuple[Scheme, ...] = Field(default=(Scheme.NVFP4, Scheme.FP8, Scheme.WIDE), min_length=1)
     score: Score = Score.OUTPUT
 
 

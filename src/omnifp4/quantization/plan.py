@@ -11,12 +11,14 @@ from omnifp4.checkpoint.folder import Checkpoint
 from omnifp4.checkpoint.output import DEFAULT_SHARD_BYTES
 from omnifp4.checkpoint.side_files import side_file_bytes
 from omnifp4.checkpoint.staging import free_bytes
+from omnifp4.errors import RecipeError
 from omnifp4.formats.nvfp4 import ScaleRule
 from omnifp4.formats.scheme import Scheme
 from omnifp4.models.base import Component
 from omnifp4.models.source import match_source
 from omnifp4.quantization.budget import Progress, assign
 from omnifp4.quantization.decisions import Decision, Job, OutputFormat, decide, stored_tensors
+from omnifp4.quantization.method import Need
 from omnifp4.quantization.recipe import DEFAULT_RECIPE, Recipe, find_recipe
 from omnifp4.receipt.base import as_text, this_environment
 from omnifp4.receipt.plan import ComponentRow, PlanReceipt
@@ -58,6 +60,11 @@ def plan_job(
     """
     source = match_source(checkpoint)
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    if statistics is not None and chosen.need is Need.NOTHING:
+        raise RecipeError(
+            f"recipe {chosen.name!r} looks at no inputs, so statistics and data have no use",
+            hint="leave them out, or choose --rule importance or another recipe",
+        )
     return decide(
         source,
         chosen,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from omnifp4.errors import RecipeError
 from omnifp4.formats.scheme import Scheme
-from omnifp4.receipt.sensitivity import SensitivityReceipt, SensitivityRow
+from omnifp4.receipt.sensitivity import SENSITIVITY_VERSION, SensitivityReceipt, SensitivityRow
 
 if TYPE_CHECKING:
+    from omnifp4.checkpoint.folder import Checkpoint
     from omnifp4.quantization.budget import Group
 
 LAYER: Final = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
@@ -20,6 +22,35 @@ MAP_HINT: Final = (
 
 Losses = dict[str, dict[Scheme, float]]
 """By group and scheme."""
+
+
+def check_map(found: SensitivityReceipt, checkpoint: Checkpoint) -> None:
+    """Refuse a map of another model, also of one with the same sizes. Headers alone tell no model from another: then
+    `by_divergence` compares sizes, and the weights are looked at when they are here.
+
+    Raises:
+        RecipeError: it is of another model or version, or does not tell of which model.
+    """
+    from omnifp4.calibration.fingerprint import model_fingerprint
+
+    if found.sensitivity_version != SENSITIVITY_VERSION:
+        raise RecipeError(
+            f"the sensitivity map of {found.model} is of version {found.sensitivity_version}, and this omnifp4 reads "
+            f"{SENSITIVITY_VERSION}",
+            hint=f"draw it again: {MAP_HINT}",
+        )
+    if checkpoint.folder is None:
+        return
+    if not found.against_fingerprint:
+        raise RecipeError(
+            f"the sensitivity map of {found.model} does not tell which weights it is of: an earlier omnifp4 drew it",
+            hint=f"draw it again: {MAP_HINT}",
+        )
+    if found.against_fingerprint != model_fingerprint(checkpoint):
+        raise RecipeError(
+            f"the sensitivity map of {found.model} is of another model ({found.against}), not of {checkpoint.location}",
+            hint=MAP_HINT,
+        )
 
 
 def by_divergence(
@@ -82,6 +113,11 @@ def _check(row: SensitivityRow, members: Sequence[Group], place: str, found: Sen
         raise RecipeError(
             f"the sensitivity map of {found.model} tells errors of {place} and no divergence",
             hint="draw it without --segmented, which leaves divergences out",
+        )
+    if not math.isfinite(row.kl_mean.value - (found.noise_floor or 0.0)):
+        raise RecipeError(
+            f"the sensitivity map of {found.model} has no finite divergence of {place}",
+            hint=f"draw it again: {MAP_HINT}",
         )
     if row.scheme != Scheme.NVFP4.value:
         raise RecipeError(

@@ -7,8 +7,8 @@ from typing import Final
 
 from omnifp4.receipt.base import RECEIPT_VERSION, Environment, Record
 
-STATISTICS_VERSION: Final = 1
-"""Raised when a tensor of a statistics file changes its name, form or meaning."""
+STATISTICS_VERSION: Final = 2
+"""Raised when a tensor or a key of a statistics file, or a model's fingerprint, changes its name, form or meaning."""
 
 SET_VERSION: Final = 1
 """Raised when a calibration set's files change their form."""

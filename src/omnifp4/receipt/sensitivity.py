@@ -48,6 +48,7 @@ class SensitivityReceipt(Record):
 
     Attributes:
         model, against: folders of the artifact and of what it was made from.
+        against_fingerprint: of the weights of `against`, see `model_fingerprint`; empty in a map of an earlier version.
         recipe, rule: of the artifact, where its own receipt tells them.
         data, data_sha256, samples: as in an evaluation.
         positions: scored positions.
@@ -76,3 +77,4 @@ class SensitivityReceipt(Record):
     notes: tuple[str, ...]
     seconds: float
     environment: Environment
+    against_fingerprint: str = ""

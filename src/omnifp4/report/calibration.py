@@ -70,7 +70,8 @@ def calibration_text(receipt: CalibrationReceipt, out: str) -> RenderableType:
     parts.append(Text("\n".join(lines)))
     if receipt.failures:
         first = receipt.failures[0]
-        where = "" if first.layer is None else f", layer {first.layer}"
+        named = first.layer is None or first.error.startswith(f"layer {first.layer}: ")
+        where = "" if named else f", layer {first.layer}"
         told = (
             f"{len(receipt.failures):,} of {receipt.samples:,} samples failed; the first: {first.sample!r}{where}: "
             f"{first.cause.value}: {first.error}"

@@ -74,9 +74,8 @@ def run_gradients(
 
     if "quantization_config" in checkpoint.config:
         raise ModelError(f"{checkpoint.location}: is quantized; gradients are of the wide checkpoint")
+    refuse_without_head(checkpoint)
     skeleton = Skeleton(checkpoint, dtype=dtype, device=device)
-    if not skeleton.parts[HEAD].entries:
-        raise ModelError(f"{checkpoint.location}: has no head of its own, so its gradients are not collected here")
     count = skeleton.layers
     tokens = [int(batch.tensors["input_ids"].shape[1]) for batch in batches]
     hidden = int(skeleton.text.config.hidden_size)
@@ -150,6 +149,17 @@ def run_gradients(
             loader.free(part)
             tell(part.name)
     return sum(len(positions[sample]) for sample, _ in chosen)
+
+
+def refuse_without_head(checkpoint: Checkpoint) -> None:
+    """Raise ModelError for a model whose head is its embedding; told before any of the work."""
+    from omnifp4.segments.skeleton import HEAD, part_of
+
+    if not any(part_of(name) == HEAD for name in checkpoint.tensors):
+        raise ModelError(
+            f"{checkpoint.location}: has no head of its own, so its gradients are not collected here",
+            hint="leave --gradients out",
+        )
 
 
 def signed(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -240,7 +240,8 @@ class PartLoader:
                 owner = name.rpartition(".")[0] if fused else name.removesuffix(".weight")
             pieces.setdefault(target, []).append((place_in, entry))
             module = self._skeleton.model.get_submodule(target.rpartition(".")[0])
-            if isinstance(module, nn.Linear) or owner.endswith(".experts"):
+            # The inputs of a linear are shown once: under its name, not under that of its bias too.
+            if (isinstance(module, nn.Linear) and name.endswith(".weight")) or owner.endswith(".experts"):
                 part.sources[owner] = module
         for name, value in _parameters(part.module):
             target = next((key for key in pieces if state[key] is value), "")

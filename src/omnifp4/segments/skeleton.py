@@ -102,7 +102,14 @@ class Skeleton:
             )
         omni = kind in MODEL_TYPES
         self.dtype = dtype
-        self.model = _build(checkpoint, dtype, speech) if omni else _build_text(checkpoint, dtype)
+        try:
+            self.model = _build(checkpoint, dtype, speech) if omni else _build_text(checkpoint, dtype)
+        except Exception as error:  # a value in the config that Transformers' own code stumbles over
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ModelError(
+                f"{checkpoint.location}: Transformers cannot make a model of its config.json: {told}",
+                hint="compare it with the released model's",
+            ) from error
         self.thinker = self.model.thinker if omni else self.model
         self.text = self.thinker.get_decoder()
         self.towers = None
@@ -133,7 +140,7 @@ class Skeleton:
             optional = name.partition(".")[0] in OPTIONAL_PARTS
             if optional and not (TALKER in parts and name.startswith(f"{TALKER}.")):
                 continue
-            part = parts.get(TALKER if optional else _part_of(name))
+            part = parts.get(TALKER if optional else part_of(name))
             if part is None:
                 if is_buffer(name):
                     continue
@@ -148,7 +155,8 @@ class Skeleton:
         return parts
 
 
-def _part_of(name: str) -> str:
+def part_of(name: str) -> str:
+    """The part that a tensor of the thinker is of, by its checkpoint name; empty if it is of none."""
     if layer := _LAYER.match(name):
         return layer_part(int(layer[1]))
     return next((part for part, pattern in _NAMES if pattern.match(name)), "")

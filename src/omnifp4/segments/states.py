@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,24 @@ from omnifp4.errors import OutputError
 
 JOURNAL_NAME: Final = "segments.json"
 LOCK_NAME: Final = "segments.lock"
+
+
+def restart_if_ahead(work: Path, layers: int) -> None:
+    """Let the next run of a folder begin anew if its states are behind more layers than `layers`, which are known to be done.
+
+    After a loss of power another journal may know less than this one.
+    """
+    path = work / JOURNAL_NAME
+    journal = _journal(path)
+    if isinstance(journal, dict) and isinstance(journal.get("layers"), int) and journal["layers"] > layers:
+        path.unlink()
+
+
+def _journal(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 class States:
@@ -103,16 +121,20 @@ class States:
         try:
             with path.open("r+b" if path.exists() else "w+b") as file:
                 file.truncate(self.nbytes)
+                if self.nbytes and hasattr(os, "posix_fallocate"):
+                    # A mapped file with holes ends the process by a signal where the disk has no room to fill them.
+                    os.posix_fallocate(file.fileno(), 0, self.nbytes)
             count = self.nbytes // self._dtype.itemsize
             return torch.from_file(str(path), shared=True, size=count, dtype=self._dtype).view(-1, self._hidden)
         except (OSError, RuntimeError) as error:
-            raise OutputError(f"{path}: {self.nbytes:,} bytes of hidden states cannot be kept there: {error}") from None
+            told = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise OutputError(
+                f"{path}: {self.nbytes:,} bytes of hidden states cannot be kept there: {told}",
+                hint="free some space, then the same command again",
+            ) from None
 
     def _read_journal(self, work: Path) -> int:
-        try:
-            journal = json.loads((work / JOURNAL_NAME).read_text())
-        except (OSError, ValueError):
-            return 0
+        journal = _journal(work / JOURNAL_NAME)
         whole = all(
             (work / name).is_file() and (work / name).stat().st_size == self.nbytes
             for name in ("states-0.bin", "states-1.bin")
