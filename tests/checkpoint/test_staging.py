@@ -215,6 +215,21 @@ def test_a_rename_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
         assert "unit" in staging.finished
 
 
+def test_a_run_that_fails_before_anything_is_done_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), Staging(out, JOB, resume=False) as staging:
+        (staging.folder / "laid-out").touch()
+        raise RuntimeError
+    assert not partial_folder(out).exists()
+    with pytest.raises(RuntimeError), Staging(out, JOB, resume=False) as staging:
+        staging.record("unit", {})
+        raise RuntimeError
+    with pytest.raises(RuntimeError), Staging(out, JOB, resume=True) as staging:
+        raise RuntimeError
+    with Staging(out, JOB, resume=True) as staging:
+        assert "unit" in staging.finished
+
+
 @pytest.mark.parametrize("room", range(0, 48, 6))
 def test_a_disk_that_fills_up_leaves_what_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int

@@ -49,6 +49,7 @@ pytest.importorskip("transformers")
         ((r'{"messages": "Hi", "answer": "\ud83d"}',), "line 1: answer holds half of a surrogate pair"),
         ((r'{"messages": "Hi", "answer": "x", "id": "\udc00"}',), "line 1: id holds half of a surrogate pair"),
         ((r'{"messages": "Hi", "answer": "x", "task": "\udc00"}',), "line 1: task holds half of a surrogate pair"),
+        ((r'{"messages": "Hi", "id": "a\nb"}',), "line 1: id is 'a.nb': it holds characters that cannot be shown"),
         ((r'{"messages": "\ud83d"}',), "half of a surrogate pair"),
     ],
 )

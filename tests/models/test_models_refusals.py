@@ -52,6 +52,8 @@ REFUSALS = [
     (tiny.LLAMA | {"num_attention_heads": 64}, "num_attention_heads is 64: it must be at most hidden_size, 32"),
     (tiny.QWEN3 | {"architectures": "Qwen3Model"}, "architectures is 'Qwen3Model'"),
     (tiny.QWEN3_MOE | {"num_experts": 2**20, "num_hidden_layers": 1000}, "num_hidden_layers x num_experts is 1000 x"),
+    (tiny.QWEN3_MOE | {"num_experts_per_tok": 0}, "num_experts_per_tok is 0: it must be an integer from 1 to 4"),
+    (tiny.QWEN3_MOE | {"num_experts_per_tok": 5}, "num_experts_per_tok is 5: it must be an integer from 1 to 4"),
     (tiny.BERT | {"add_cross_attention": True}, "add_cross_attention is True"),
     (tiny.BERT | {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
     (tiny.BERT | {"num_attention_heads": 5}, "num_attention_heads is 5: it must be a divisor of hidden_size, 32"),

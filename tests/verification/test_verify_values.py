@@ -117,8 +117,9 @@ def test_a_large_error_that_gptq_made_and_states(modelopt, judge, source_folder)
     error = next(one.relative_squared_error for one in found.worst_tensors if one.name == name)
     assert 0.036 < error < 0.25
 
-    def told(method: str, stated: float) -> bytes:
-        return modelopt.receipt(calibration={"method": {"name": method}}, decisions={name: stated})
+    def told(method: str, stated: float, damping: float = 0.001) -> bytes:
+        made = {"method": {"name": method, "damping": damping}}
+        return modelopt.receipt(calibration=made, decisions={name: stated})
 
     modelopt.side["omnifp4.json"] = told("gptq", error)
     passed = judge(modelopt, source_folder)
@@ -127,6 +128,8 @@ def test_a_large_error_that_gptq_made_and_states(modelopt, judge, source_folder)
     for method, stated in (("gptq", 2 * error), ("gptq", 0.0), ("awq-lite", error), ("nearest", error)):
         modelopt.side["omnifp4.json"] = told(method, stated)
         assert_fails(judge(modelopt, source_folder), {"values.error"}, name)
+    modelopt.side["omnifp4.json"] = told("gptq", error, 0.03)
+    assert_fails(judge(modelopt, source_folder), {"values.error"}, name)
 
 
 def test_error_that_the_receipt_does_not_state(modelopt, judge, source_folder):

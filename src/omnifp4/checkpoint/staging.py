@@ -86,6 +86,9 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._journal >= 0:
+            if kind is not None and not self.finished:
+                # Nothing is done that another run could go on with.
+                shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._journal)
             self._journal = -1
 

@@ -138,6 +138,8 @@ def _sample(value: Mapping[str, Any], number: int, where: str, home: Path) -> Sa
             raise OmniFP4Error(f"{where}: {key} is {value[key]!r}", hint=f"it must be a {kind.__name__}")
         if isinstance(value.get(key), str) and not is_unicode(value[key]):
             raise OmniFP4Error(f"{where}: {key} holds half of a surrogate pair, which is no character")
+        if key in ("id", "task") and not str(value.get(key, "")).isprintable():
+            raise OmniFP4Error(f"{where}: {key} is {value[key]!r}: it holds characters that cannot be shown")
     if (task := value.get("task", "")) and not task.strip():
         raise OmniFP4Error(f"{where}: the task's name is {task!r}", hint="name it, or leave it out")
     try:

@@ -116,6 +116,9 @@ def _read_sparse_layers(section: Section, rules: DecoderRules, layers: int) -> t
             f"config: {section.key('num_hidden_layers')} x {section.key('num_experts')} is {layers} x {experts}:"
             f" at most {MOST_EXPERT_MODULES} experts in all are supported"
         )
+    if "num_experts_per_tok" in section.values:
+        # No tensor has its shape, but a model that asks no expert would calibrate, run, and say nothing right.
+        section.size("num_experts_per_tok", most=experts)
     if rules.always_sparse:
         return frozenset(range(layers)), experts
     step = section.size("decoder_sparse_step")
