@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Generator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -11,6 +14,20 @@ from omnifp4.tiny import write_tiny_omni
 
 # Read when huggingface_hub is first imported: a test that asks the network for anything fails at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Tests that are not marked ``cuda`` run on the CPU on a machine with a GPU too, what they start included.
+
+    Those of Triton kernels, which choose their device themselves, are left alone.
+    """
+    torch = sys.modules.get("torch")
+    chooses = item.get_closest_marker("cuda") or hasattr(getattr(item, "module", None), "ON_GPU")
+    if torch is None or chooses or not torch.cuda.is_available():
+        return (yield)
+    with patch.object(torch.cuda, "is_available", lambda: False), patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
