@@ -21,7 +21,7 @@ def small_released_config() -> dict[str, Any]:
     """The released config with fewer layers and experts, so that a test can write it."""
     config = released_config("qwen3-omni-30b-a3b")
     for section in (config["thinker_config"]["text_config"], config["talker_config"]["text_config"]):
-        section.update(num_hidden_layers=2, num_experts=2, vocab_size=1280)
+        section.update(num_hidden_layers=2, num_experts=2, num_experts_per_tok=2, vocab_size=1280)
     return config
 
 
