@@ -92,7 +92,7 @@ def test_exit_status_1_when_all_fail(
     lines = [line for line in told.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert lines[0].startswith(
-        "error: 6 of 6 samples failed (wrong forward: 6), and at most 100% may; nothing is written"
+        "error: 6 of 6 samples failed (wrong forward: 6), and at most 100% may; nothing whole is written"
     )
     assert not (tmp_path / "statistics").exists()
 

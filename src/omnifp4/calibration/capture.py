@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ def run_capture(
 
     Raises:
         OmniFP4Error: an argument, model, set or disk is not right.
-        CalibrationFailed: too many samples failed; nothing is written.
+        CalibrationFailed: too many samples failed; OUT does not appear.
     """
     refuse_existing(out)
     for name, value, least in (
@@ -125,17 +124,11 @@ def capture(prepared: Preparation, out: Path, settings: CaptureSettings, progres
                 raise OmniFP4Error(
                     f"--speech was asked for: {silent}", hint=f"remove {staging.folder}, or leave --speech out"
                 )
-        try:
-            resumed = run.layers(spoken=not silent)
-            if not silent:
-                run.speech()
-            if settings.gradients:
-                run.gradients()
-        except BaseException:
-            if not staging.finished:
-                # There is nothing in it to go on with.
-                shutil.rmtree(staging.folder)
-            raise
+        resumed = run.layers(spoken=not silent)
+        if not silent:
+            run.speech()
+        if settings.gradients:
+            run.gradients()
         receipt = run.receipt(silent, resumed, begin)
         assemble(staging, run.units, receipt, run.weights, run.experts)
     return receipt

@@ -11,7 +11,7 @@ from omnifp4.receipt.calibration import Cause, SampleFailure
 
 
 class CalibrationFailed(ProofError):
-    """Too many samples failed: exit status 1, and nothing is written."""
+    """Too many samples failed: exit status 1, and OUT does not appear."""
 
 
 ADVICE = {
@@ -59,7 +59,7 @@ class Failures:
         named = first.layer is None or first.error.startswith(f"layer {first.layer}: ")
         where = "" if named else f", layer {first.layer}"
         raise CalibrationFailed(
-            f"{count} of {self.samples} samples failed ({shares}), and at most {self.most_share:.0%} may; nothing is "
-            f"written; the first was {first.sample!r}{where}: {first.error}",
+            f"{count} of {self.samples} samples failed ({shares}), and at most {self.most_share:.0%} may; nothing "
+            f"whole is written; the first was {first.sample!r}{where}: {first.error}",
             hint=ADVICE[causes.most_common(1)[0][0]],
         )

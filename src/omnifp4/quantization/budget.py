@@ -84,7 +84,7 @@ def assign(
     _refuse_map(recipe, sensitivity)
     if not isinstance(method, Auto):
         return {}
-    from omnifp4.algorithms.budget import Choice, Impossible, allocate
+    from omnifp4.algorithms.budget import Choice, allocate
 
     dialect = (output_format if output_format.dialect else OutputFormat.MODELOPT).dialect
     assert dialect is not None
@@ -98,27 +98,29 @@ def assign(
     groups = _groups(source, recipe, overrides, method.counted)
     if not groups:
         raise RecipeError(f"recipe {recipe.name!r} with these components leaves no linear for its budget to decide")
+    counted = sum(group.parameters * group.share for group in groups)
+    costs = {
+        group.name: {scheme: _bits(group, scheme, output_format) * group.share for scheme in method.schemes}
+        for group in groups
+    }
+    # Before anything is measured, which takes hours at full size.
+    least = sum(min(costs[group.name].values()) for group in groups)
+    if least > method.effective_bits * counted * (1 + 1e-12):
+        bits = math.ceil(1000 * least / counted) / 1000
+        raise RecipeError(
+            f"{method.effective_bits:g} effective bits cannot be met: the smallest formats of recipe {recipe.name!r} take "
+            f"{bits:g} bits a weight here",
+            hint=f"--effective-bits {bits:g} or more",
+        )
     measured = tuple(dict.fromkeys((Scheme.NVFP4, *method.schemes)))
     losses = _measure(source, groups, measured, recipe.rule, method.score, statistics, threads, progress)
     if sensitivity is not None:
         losses = by_divergence(groups, losses, sensitivity)
     choices = {
-        group.name: [
-            Choice(scheme, _bits(group, scheme, output_format) * group.share, losses[group.name][scheme])
-            for scheme in method.schemes
-        ]
-        for group in groups
+        name: [Choice(scheme, cost, losses[name][scheme]) for scheme, cost in own.items()]
+        for name, own in costs.items()
     }
-    counted = sum(group.parameters * group.share for group in groups)
-    try:
-        chosen = allocate(choices, method.effective_bits * counted)
-    except Impossible as error:
-        least = math.ceil(1000 * error.least / counted) / 1000
-        raise RecipeError(
-            f"{method.effective_bits:g} effective bits cannot be met: the smallest formats of recipe {recipe.name!r} take "
-            f"{least:g} bits a weight here",
-            hint=f"--effective-bits {least:g} or more",
-        ) from None
+    chosen = allocate(choices, method.effective_bits * counted)
     return {tensor.spec.name: chosen[group.name].scheme for group in groups for tensor in group.tensors}
 
 
