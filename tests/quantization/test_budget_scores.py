@@ -12,9 +12,8 @@ import pytest
 import omnifp4
 from omnifp4.errors import OmniFP4Error, RecipeError
 from omnifp4.formats.scheme import Scheme
-from omnifp4.quantization.budget import Group
 from omnifp4.quantization.recipe import find_recipe
-from omnifp4.quantization.scores import by_divergence
+from omnifp4.quantization.scores import Group, by_divergence
 from omnifp4.receipt.base import Verdict
 from omnifp4.receipt.evaluation import Estimate
 from omnifp4.receipt.sensitivity import SensitivityReceipt

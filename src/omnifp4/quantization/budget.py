@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -22,7 +21,7 @@ from omnifp4.models.source import Source, SourceTensor
 from omnifp4.quantization.decisions import OutputFormat, stored_tensors
 from omnifp4.quantization.method import Auto, Counted, Score
 from omnifp4.quantization.recipe import Recipe, choose_schemes
-from omnifp4.quantization.scores import MAP_HINT, by_divergence, check_map
+from omnifp4.quantization.scores import MAP_HINT, Group, by_divergence, check_map
 
 if TYPE_CHECKING:
     from omnifp4.calibration.statistics import Statistics
@@ -32,25 +31,6 @@ Progress = Callable[[int, int, str], None]
 
 DEFAULT_EXPERTS_PER_TOKEN: Final = 8
 """Of every config class with experts that is known here, where the config does not say it."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linears that get one format: q/k/v, gate/up, all experts of a layer, or one alone.
-
-    Attributes:
-        name: for people.
-        tensors: their weights.
-        share: of tokens that read each of the weights, as the budget counts it.
-    """
-
-    name: str
-    tensors: tuple[SourceTensor, ...]
-    share: float
-
-    @property
-    def parameters(self) -> int:
-        return sum(tensor.spec.parameters for tensor in self.tensors)
 
 
 def assign(

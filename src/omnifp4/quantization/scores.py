@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from omnifp4.errors import RecipeError
@@ -13,12 +14,32 @@ from omnifp4.receipt.sensitivity import SENSITIVITY_VERSION, SensitivityReceipt,
 
 if TYPE_CHECKING:
     from omnifp4.checkpoint.folder import Checkpoint
-    from omnifp4.quantization.budget import Group
+    from omnifp4.models.source import SourceTensor
 
 LAYER: Final = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
 MAP_HINT: Final = (
     "omnifp4 evaluate OUT --against MODEL --sensitivity --receipt FILE draws one of a plain nvfp4 artifact"
 )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that get one format: q/k/v, gate/up, all experts of a layer, or one alone.
+
+    Attributes:
+        name: for people.
+        tensors: their weights.
+        share: of tokens that read each of the weights, as the budget counts it.
+    """
+
+    name: str
+    tensors: tuple[SourceTensor, ...]
+    share: float
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.spec.parameters for tensor in self.tensors)
+
 
 Losses = dict[str, dict[Scheme, float]]
 """By group and scheme."""
