@@ -249,8 +249,9 @@ def _run(prepared: Prepared, options: Options, host: str, port: int, output: Tal
         verdict = FAILED if receipt.verdict is Verdict.FAIL else 0
         if options.stop_after_smoke:
             return verdict
-        output.say(f"serving at {command.url}/v1 as {command.model_name!r}; Ctrl-C stops it")
         try:
+            # Inside, because who reads this line may stop the engine before it is written whole.
+            output.say(f"serving at {command.url}/v1 as {command.model_name!r}; Ctrl-C stops it")
             while process.status() is None:
                 time.sleep(WATCH_S)
         except KeyboardInterrupt:
